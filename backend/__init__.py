@@ -1,0 +1,1 @@
+"""The source tree: `app` is the product, `tests` proves it."""

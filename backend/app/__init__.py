@@ -1,0 +1,1 @@
+"""Tollkeeper: signed Stripe webhooks in, provable entitlements out."""
