@@ -1,0 +1,1 @@
+"""Translation of a provider's verified JSON, of any API version, into facts."""

@@ -1,0 +1,1 @@
+"""Foundations that know no business word: settings, clock, errors, database, idempotency."""

@@ -1,0 +1,240 @@
+"""One database behind one door: opens transactions, and is the only module that commits.
+
+    async with database.transaction() as tx: ...   # reads and writes; commits at the end
+    async with database.snapshot() as tx: ...      # reads only
+
+A function that needs an open transaction takes `tx` as its first parameter and does no network
+of its own. SQLite and PostgreSQL behave alike from outside; what differs is in this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from backend.app.core.errors import StoreUnavailable
+
+Tx = AsyncConnection
+
+# An in-flight duplicate waits this long for the first delivery to commit; Stripe's own limit for an
+# answer is not published below 10 s, and 5 s leaves room for the work itself.
+LOCK_WAIT_SECONDS = 5
+# No statement of ours takes a second on a healthy database; beyond this the server ends it.
+STATEMENT_SECONDS_MAX = 7
+# A refused or silent server is told to the sender at once: it will deliver again.
+CONNECT_SECONDS_MAX = 3
+# Excess load gets its 503 quickly instead of queueing for the deadline.
+POOL_WAIT_SECONDS = 2
+# More connections do not make two cores faster; PostgreSQL's default limit of 100 is shared by workers.
+POOL_CONNECTIONS_MAX = 10
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """An aware instant in UTC: `timestamptz` on PostgreSQL, sortable ISO text on SQLite."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Refuses naive times, which would mean a different instant on every machine."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("naive datetime; give it a time zone")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Gives back what was stored, aware."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+Json = sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
+
+
+def insert(table: sa.Table, tx: Tx) -> Any:
+    """An INSERT that knows ON CONFLICT, in the dialect of the open transaction.
+
+    Typed Any: SQLAlchemy has one such class per dialect and no common parent that has the method.
+    """
+    if tx.dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)
+
+
+class Database:
+    """The engine of one DATABASE_URL."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self.is_sqlite = engine.dialect.name == "sqlite"
+        # SQLite has one writer. Within a process a fair queue is kinder than its polling busy handler,
+        # which starves the unlucky; between processes the busy handler remains.
+        self._writer_queue = asyncio.Lock() if self.is_sqlite else None
+
+    @classmethod
+    def open(cls, database_url: str) -> Database:
+        """Builds the engine; nothing is connected before the first use."""
+        url = async_url(database_url)
+        if url.get_backend_name() == "sqlite":
+            engine = create_async_engine(
+                url,
+                connect_args={"timeout": LOCK_WAIT_SECONDS},
+                pool_size=POOL_CONNECTIONS_MAX,
+                max_overflow=0,
+                pool_timeout=POOL_WAIT_SECONDS + LOCK_WAIT_SECONDS,
+            )
+            _prepare_sqlite(engine)
+        else:
+            engine = create_async_engine(
+                url,
+                connect_args={
+                    "timeout": CONNECT_SECONDS_MAX,
+                    "command_timeout": STATEMENT_SECONDS_MAX + 1,
+                    "server_settings": {
+                        "application_name": "tollkeeper",
+                        "timezone": "UTC",
+                        "lock_timeout": f"{LOCK_WAIT_SECONDS}s",
+                        "statement_timeout": f"{STATEMENT_SECONDS_MAX}s",
+                        "idle_in_transaction_session_timeout": f"{2 * STATEMENT_SECONDS_MAX}s",
+                    },
+                },
+                pool_size=POOL_CONNECTIONS_MAX,
+                max_overflow=0,
+                pool_timeout=POOL_WAIT_SECONDS,
+                # A server restart leaves dead connections behind; asking first costs one round trip
+                # but a pooled corpse would cost a delivery.
+                pool_pre_ping=True,
+            )
+        return cls(engine)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        """Commits when the block ends, rolls back when it raises; StoreUnavailable when the store fails."""
+        async with contextlib.AsyncExitStack() as stack:
+            if self._writer_queue is not None:
+                try:
+                    async with asyncio.timeout(POOL_WAIT_SECONDS + LOCK_WAIT_SECONDS):
+                        await self._writer_queue.acquire()
+                except TimeoutError as error:
+                    raise StoreUnavailable from error
+                stack.callback(self._writer_queue.release)
+            async with _store_errors(), self.engine.connect() as tx, tx.begin():
+                yield tx
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Tx]:
+        """A read-only transaction; nothing that is written in it is kept."""
+        async with _store_errors(), self.engine.connect() as connection:
+            tx = await connection.execution_options(
+                **({"sqlite_read_only": True} if self.is_sqlite else {"postgresql_readonly": True})
+            )
+            async with tx.begin() as transaction:
+                yield tx
+                await transaction.rollback()
+
+    async def close(self) -> None:
+        """Ends every connection."""
+        await self.engine.dispose()
+
+
+def async_url(database_url: str) -> URL:
+    """The user's URL with our driver in it: drivers are our business, not the user's."""
+    try:
+        url = make_url(database_url)
+    except sa.exc.ArgumentError as error:
+        raise ValueError("DATABASE_URL: not a database URL") from error
+    backend = url.get_backend_name()
+    if backend in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+asyncpg")
+    if backend == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            raise ValueError("DATABASE_URL: an in-memory SQLite would forget payments; name a file")
+        return url.set(drivername="sqlite+aiosqlite")
+    raise ValueError(f"DATABASE_URL: {backend} is not supported; use sqlite:///path or postgresql://...")
+
+
+async def database_now(tx: Tx) -> datetime:
+    """The database's clock: what leases and expiry go by, whatever the workers' clocks say."""
+    if tx.dialect.name == "postgresql":
+        result = await tx.execute(sa.text("SELECT clock_timestamp()"))
+        now: datetime = result.scalar_one()
+        return now.astimezone(UTC)
+    result = await tx.execute(sa.text("SELECT strftime('%Y-%m-%dT%H:%M:%f', 'now')"))
+    return datetime.fromisoformat(result.scalar_one()).replace(tzinfo=UTC)
+
+
+@contextlib.asynccontextmanager
+async def _store_errors() -> AsyncIterator[None]:
+    """Turns what a store does when it is down, full, busy or slow into StoreUnavailable.
+
+    A broken statement (a bug of ours) stays what it is, so that nobody mistakes it for an outage.
+    """
+    try:
+        yield
+    except sa.exc.TimeoutError as error:
+        raise StoreUnavailable from error
+    except sa.exc.DBAPIError as error:
+        if _is_outage(error):
+            raise StoreUnavailable from error
+        raise
+    except (OSError, TimeoutError) as error:
+        # asyncpg raises these bare while it connects.
+        raise StoreUnavailable from error
+
+
+# SQLSTATE classes of PostgreSQL's appendix A: connection exception, insufficient resources (disk full,
+# too many connections), operator intervention (shutdown, cancelled statement), system error, rollback
+# (deadlock, serialisation) and object not available (lock_timeout).
+_OUTAGE_SQLSTATE_CLASSES = ("08", "53", "57", "58", "40", "55")
+
+
+def _is_outage(error: sa.exc.DBAPIError) -> bool:
+    if isinstance(error, sa.exc.InterfaceError) or error.connection_invalidated:
+        return True
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if isinstance(sqlstate, str):
+        return sqlstate[:2] in _OUTAGE_SQLSTATE_CLASSES
+    if isinstance(error, sa.exc.OperationalError):
+        # sqlite3 files "no such table" under OperationalError too; that one is ours.
+        return "no such" not in str(error.orig)
+    return False
+
+
+def _prepare_sqlite(engine: AsyncEngine) -> None:
+    """Makes SQLite durable on every commit and lets us, not the driver, open transactions."""
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def on_connect(dbapi_connection: Any, _record: Any) -> None:
+        # The driver must not begin transactions by itself: ours start with BEGIN IMMEDIATE below.
+        dbapi_connection.isolation_level = None
+        cursor = dbapi_connection.cursor()
+        # WAL: readers never wait for the writer. FULL: a commit is on the disk before it is answered.
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def on_begin(connection: sa.Connection) -> None:
+        read_only = connection.get_execution_options().get("sqlite_read_only", False)
+        # IMMEDIATE takes the write lock first; a deferred one could fail half-way with "database is locked".
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
