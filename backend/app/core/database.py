@@ -151,6 +151,15 @@ class Database:
                 yield tx
                 await transaction.rollback()
 
+    @contextlib.asynccontextmanager
+    async def migration(self) -> AsyncIterator[Tx]:
+        """A transaction whose statements may take as long as they need."""
+        async with self.transaction() as tx:
+            if not self.is_sqlite:
+                await tx.execute(sa.text("SET LOCAL statement_timeout = 0"))
+                await tx.execute(sa.text("SET LOCAL lock_timeout = '60s'"))
+            yield tx
+
     async def close(self) -> None:
         """Ends every connection."""
         await self.engine.dispose()

@@ -24,6 +24,10 @@ METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 # From a cached duplicate (under a millisecond) to the deadline (8 s).
 DURATION_BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
+# The `status` of the contract's webhook answer; what else is counted appears with its first delivery.
+DELIVERY_OUTCOMES = ("success", "ignored", "parked")
+ALERT_RESULTS = ("sent", "failed", "suppressed", "dropped")
+
 
 class MetricsCollector:
     """All metrics on one registry of their own; names and labels are fixed by the public contract."""
@@ -94,11 +98,34 @@ class MetricsCollector:
             ["result"],
             registry=self.registry,
         )
+        self.billing_drift_users = Gauge(
+            "billing_drift_users",
+            "Users whose stored entitlements differ from the provider's, as of the last reconcile run",
+            ["kind"],
+            multiprocess_mode="mostrecent",
+            registry=self.registry,
+        )
+        self.outbox_deliveries_total = Counter(
+            "outbox_deliveries_total",
+            "Attempts to deliver an outbox message, by kind and result",
+            ["kind", "result"],
+            registry=self.registry,
+        )
         self.redis_errors_total = Counter(
             "redis_errors_total",
             "Redis calls that failed or took too long; the delivery went on without Redis",
             registry=self.registry,
         )
+        self._show_zeros()
+
+    def _show_zeros(self) -> None:
+        """Creates the children with known labels: a counter that appears with its first event hides that rise."""
+        self.idempotent_hits_total.labels(operation="webhook")
+        self.audit_events_total.labels(action="payment.event")
+        for outcome in DELIVERY_OUTCOMES:
+            self.billing_webhook_deliveries_total.labels(outcome=outcome)
+        for result in ALERT_RESULTS:
+            self.alerts_sent_total.labels(result=result)
 
     def replay_blocked(self) -> None:
         """A delivery of an already processed event was answered from the stored answer."""
@@ -130,6 +157,22 @@ class MetricsCollector:
     def alert_sent(self, result: str) -> None:
         """An owner alert ended as sent, failed, suppressed or dropped."""
         self.alerts_sent_total.labels(result=result).inc()
+
+    def parked_events(self, count: int) -> None:
+        """So many events wait for a missing piece at present."""
+        self.billing_events_parked.set(count)
+
+    def newest_event_age(self, age_seconds: float | None) -> None:
+        """The newest event was received so many seconds ago; None before the first."""
+        self.billing_seconds_since_last_event.set(-1 if age_seconds is None else age_seconds)
+
+    def drift_found(self, kind: str, users: int) -> None:
+        """The last reconcile run found so many users with this kind of difference."""
+        self.billing_drift_users.labels(kind=kind).set(users)
+
+    def outbox_settled(self, kind: str, result: str) -> None:
+        """An attempt to deliver a message ended as delivered, failed (it will be tried again) or dead."""
+        self.outbox_deliveries_total.labels(kind=kind, result=result).inc()
 
     def redis_failed(self) -> None:
         """A Redis call failed or took too long."""

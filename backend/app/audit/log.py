@@ -1,0 +1,52 @@
+"""Appending to the audit log, always inside the transaction of the thing that is recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from backend.app.audit.models import AuditLog, audit_logs
+from backend.app.core.clock import iso
+from backend.app.core.database import Tx
+
+
+async def append(tx: Tx, rows: Sequence[AuditLog]) -> None:
+    """Adds rows to the open transaction; they are there if and only if it commits."""
+    if not rows:
+        return
+    await tx.execute(
+        audit_logs.insert(),
+        [
+            {
+                "id": row.id,
+                "user_id": row.user_id,
+                "action": row.action,
+                "resource_type": row.resource_type,
+                "resource_id": row.resource_id,
+                "details": dict(row.details),
+                "actor": row.actor,
+                "created_at": row.created_at,
+                "content_sha256": hashlib.sha256(canonical(row)).hexdigest(),
+            }
+            for row in rows
+        ],
+    )
+
+
+def canonical(row: AuditLog) -> bytes:
+    """The one byte form of a row: JSON with sorted keys, no spaces, ASCII only, times as RFC 3339 in UTC."""
+    return json.dumps(
+        {
+            "id": row.id,
+            "user_id": row.user_id,
+            "action": row.action,
+            "resource_type": row.resource_type,
+            "resource_id": row.resource_id,
+            "details": dict(row.details),
+            "actor": row.actor,
+            "created_at": iso(row.created_at),
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    ).encode("ascii")

@@ -1,0 +1,224 @@
+"""Billing's tables, and the rows that others read as values. Documented for people in docs/tables.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from backend.app.billing.domain.catalog import FeatureValue
+from backend.app.core.database import Json, UtcDateTime, metadata
+
+# One row per event that was ever processed, for ever: the unique key that makes its effect happen once.
+# Narrow on purpose, so that it can outlive the payload.
+webhook_claims = sa.Table(
+    "webhook_claims",
+    metadata,
+    sa.Column("account", sa.Text, primary_key=True),
+    sa.Column("livemode", sa.Boolean, primary_key=True),
+    sa.Column("event_id", sa.Text, primary_key=True),
+    sa.Column("claimed_at", UtcDateTime, nullable=False),
+)
+
+# What came: the signed bytes, what became of them and what was answered.
+webhook_events = sa.Table(
+    "webhook_events",
+    metadata,
+    sa.Column("account", sa.Text, primary_key=True),
+    sa.Column("livemode", sa.Boolean, primary_key=True),
+    sa.Column("event_id", sa.Text, primary_key=True),
+    sa.Column("event_type", sa.Text, nullable=False),
+    sa.Column("api_version", sa.Text),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    # success, ignored, parked, or failed (every delivery so far ended in an error of ours).
+    sa.Column("status", sa.Text, nullable=False),
+    # Why it is parked, ignored or failed.
+    sa.Column("reason", sa.Text),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("user_id", sa.Text),
+    sa.Column("plan_code", sa.Text),
+    sa.Column("customer_id", sa.Text),
+    sa.Column("source_key", sa.Text),
+    # The exact body of the 200 that the first delivery got; null while it has failed only.
+    sa.Column("answer", sa.Text),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+    sa.Column("payload_sha256", sa.Text, nullable=False),
+    sa.Column("request_id", sa.Text),
+    sa.Index("ix_webhook_events_received_at", "received_at"),
+    sa.Index("ix_webhook_events_user_id", "user_id", "received_at"),
+    sa.Index(
+        "ix_webhook_events_waiting_source",
+        "account",
+        "livemode",
+        "source_key",
+        postgresql_where=sa.text("status = 'parked'"),
+        sqlite_where=sa.text("status = 'parked'"),
+    ),
+    sa.Index(
+        "ix_webhook_events_waiting_customer",
+        "account",
+        "livemode",
+        "customer_id",
+        postgresql_where=sa.text("status = 'parked'"),
+        sqlite_where=sa.text("status = 'parked'"),
+    ),
+)
+
+# What access rests on, and whom it belongs to.
+sources = sa.Table(
+    "sources",
+    metadata,
+    sa.Column("account", sa.Text, primary_key=True),
+    sa.Column("livemode", sa.Boolean, primary_key=True),
+    sa.Column("source_key", sa.Text, primary_key=True),
+    sa.Column("customer_id", sa.Text),
+    sa.Column("user_id", sa.Text),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.Index("ix_sources_user_id", "user_id"),
+    sa.Index("ix_sources_customer_id", "account", "livemode", "customer_id"),
+)
+
+# Every fact about a source; `body` is the translated fact, `as_of` the event's own time.
+source_facts = sa.Table(
+    "source_facts",
+    metadata,
+    sa.Column("account", sa.Text, primary_key=True),
+    sa.Column("livemode", sa.Boolean, primary_key=True),
+    sa.Column("source_key", sa.Text, primary_key=True),
+    sa.Column("as_of", UtcDateTime, primary_key=True),
+    sa.Column("event_id", sa.Text, primary_key=True),
+    sa.Column("body", Json, nullable=False),
+)
+
+# Which event claimed that a customer is a user.
+customer_ties = sa.Table(
+    "customer_ties",
+    metadata,
+    sa.Column("account", sa.Text, primary_key=True),
+    sa.Column("livemode", sa.Boolean, primary_key=True),
+    sa.Column("customer_id", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, primary_key=True),
+    sa.Column("via", sa.Integer, primary_key=True),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Column("event_id", sa.Text, nullable=False),
+    sa.Index("ix_customer_ties_user_id", "user_id"),
+)
+
+user_entitlements = sa.Table(
+    "user_entitlements",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, nullable=False, unique=True),
+    sa.Column("plan_code", sa.Text, nullable=False),
+    sa.Column("entitlements", Json, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("activated_at", UtcDateTime, nullable=False),
+    sa.Column("valid_until", UtcDateTime),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+)
+
+# Each version a user's entitlements ever had, and the event that caused it.
+entitlement_history = sa.Table(
+    "entitlement_history",
+    metadata,
+    sa.Column("user_id", sa.Text, primary_key=True),
+    sa.Column("version", sa.BigInteger, primary_key=True),
+    sa.Column("change", sa.Text, nullable=False),
+    sa.Column("plan_code", sa.Text, nullable=False),
+    sa.Column("entitlements", Json, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("valid_until", UtcDateTime),
+    sa.Column("cause_account", sa.Text, nullable=False),
+    sa.Column("cause_event_id", sa.Text, nullable=False),
+    sa.Column("cause_event_type", sa.Text, nullable=False),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+payment_events = sa.Table(
+    "payment_events",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("stripe_event_id", sa.Text, nullable=False),
+    sa.Column("user_id", sa.Text),
+    sa.Column("event_type", sa.Text, nullable=False),
+    sa.Column("plan_code", sa.Text),
+    sa.Column("customer_id", sa.Text),
+    sa.Column("invoice_id", sa.Text),
+    sa.Column("subscription_id", sa.Text),
+    sa.Column("amount", sa.BigInteger),
+    sa.Column("currency", sa.Text),
+    # Whether the amount really moved: false for what is only attempted, pending or failed.
+    sa.Column("settled", sa.Boolean, nullable=False),
+    sa.Column("metadata", Json, nullable=False),
+    sa.Column("account", sa.Text, nullable=False),
+    sa.Column("livemode", sa.Boolean, nullable=False),
+    # The money's own name: events that report the same money make one line.
+    sa.Column("effect_key", sa.Text, nullable=False),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("account", "livemode", "effect_key", name="uq_payment_events_effect_key"),
+    sa.Index("ix_payment_events_user_id", "user_id", "created_at"),
+    sa.Index("ix_payment_events_created_at", "created_at"),
+    sa.Index(
+        "ix_payment_events_unattributed_customer",
+        "account",
+        "livemode",
+        "customer_id",
+        postgresql_where=sa.text("user_id IS NULL"),
+        sqlite_where=sa.text("user_id IS NULL"),
+    ),
+    sa.Index(
+        "ix_payment_events_unattributed_subscription",
+        "account",
+        "livemode",
+        "subscription_id",
+        postgresql_where=sa.text("user_id IS NULL"),
+        sqlite_where=sa.text("user_id IS NULL"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserEntitlement:
+    """A row of `user_entitlements`: a user's merged access as it was last written."""
+
+    id: str
+    user_id: str
+    plan_code: str
+    entitlements: Mapping[str, FeatureValue]
+    status: str
+    activated_at: datetime
+    valid_until: datetime | None
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaymentEvent:
+    """A row of `payment_events`: one piece of money, in its currency's smallest unit."""
+
+    id: str
+    stripe_event_id: str
+    user_id: str | None
+    event_type: str
+    plan_code: str | None
+    customer_id: str | None
+    invoice_id: str | None
+    subscription_id: str | None
+    amount: int | None
+    currency: str | None
+    settled: bool
+    metadata: Mapping[str, str]
+    account: str
+    livemode: bool
+    effect_key: str
+    occurred_at: datetime
+    created_at: datetime

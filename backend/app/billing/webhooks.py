@@ -1,0 +1,474 @@
+"""The shell around the decision: verify, translate, then claim, decide and commit in one transaction, and answer.
+
+    answer = await webhooks.receive(delivery)
+
+Everything that follows from an event is written in the transaction that claims it, so a 200 means that
+all of it is durable, and a failure leaves nothing behind but its own trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import structlog
+
+from backend.app.audit import log as audit_log
+from backend.app.audit.models import AuditLog
+from backend.app.billing import store
+from backend.app.billing.domain.catalog import Catalog
+from backend.app.billing.domain.decide import (
+    NO_USER,
+    Decision,
+    EntitlementChange,
+    Notice,
+    Payment,
+    Status,
+    decide,
+)
+from backend.app.billing.domain.facts import CustomerId, Event, SourceId, Translation, source_key
+from backend.app.billing.masking import mask_sensitive
+from backend.app.billing.models import PaymentEvent
+from backend.app.billing.providers.fields import TranslationError
+from backend.app.billing.providers.stripe import translate
+from backend.app.billing.providers.stripe_event import DASHBOARD_TEST_EVENT_ID, StripeEvent, read_event
+from backend.app.billing.security import SignatureRefused, WebhookReplayProtection, WebhookSecurityValidator
+from backend.app.billing.strict_json import parse_event_json
+from backend.app.core.clock import Clock, from_unix
+from backend.app.core.database import Database, Tx
+from backend.app.core.errors import AppError, StoreUnavailable, Unavailable
+from backend.app.core.ids import new_id
+from backend.app.observability.metrics import MetricsCollector
+from backend.app.ops.alerts import OwnerAlerts, owner_alert
+from backend.app.ops.outbox import Relay, stage_many
+
+# Stripe gives up on an answer after about ten seconds; ours comes earlier, and says that it may be sent again.
+DEADLINE_SECONDS = 8
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One HTTP attempt that carries an event: raw bytes, the signature header, when and as which request."""
+
+    body: bytes
+    signature_header: bytes | None
+    received_at: datetime
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The body of the 200; `replayed` when an earlier delivery of the event was answered with the same bytes."""
+
+    body: bytes
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Genuine:
+    """A verified delivery: the event, and its bytes in the form that may be stored."""
+
+    event: StripeEvent
+    payload: bytes
+    payload_sha256: str
+    signature_sha256: str
+    received_at: datetime
+    request_id: str
+
+
+@dataclass(slots=True)
+class Effects:
+    """What a transaction did, to be counted once it has committed."""
+
+    audit_actions: list[str] = field(default_factory=list)
+    changes: list[tuple[str, str]] = field(default_factory=list)
+    messages: bool = False
+
+
+class BillingWebhooks:
+    """Takes deliveries of one deployment; `livemode` is the mode it grants for."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        catalog: Catalog,
+        validator: WebhookSecurityValidator,
+        replay: WebhookReplayProtection,
+        alerts: OwnerAlerts,
+        relay: Relay,
+        metrics: MetricsCollector,
+        clock: Clock,
+        livemode: bool,
+    ) -> None:
+        self._database = database
+        self._catalog = catalog
+        self._validator = validator
+        self._replay = replay
+        self._alerts = alerts
+        self._relay = relay
+        self._metrics = metrics
+        self._clock = clock
+        self._livemode = livemode
+        self._in_flight: set[asyncio.Task[Answer]] = set()
+
+    async def receive(self, delivery: Delivery) -> Answer:
+        """The answer to a delivery.
+
+        Raises:
+            SignatureRefused: 403, and nothing was stored.
+            InvalidEvent: 400, the signature is genuine but the body is not an event.
+            Unavailable: 503, it could not be done now or not in time; Stripe sends it again.
+        """
+        started = time.perf_counter()
+        outcome = "failed"
+        try:
+            genuine = self._verify(delivery)
+            structlog.contextvars.bind_contextvars(event_id=genuine.event.envelope.id)
+            answer = await self._answer(genuine)
+            outcome = "duplicate" if answer.replayed else json.loads(answer.body)["status"]
+        except AppError as error:
+            outcome = "refused" if error.status < 500 else "failed"  # noqa: PLR2004  # HTTP's server errors
+            raise
+        else:
+            return answer
+        finally:
+            self._metrics.delivery_answered(outcome, time.perf_counter() - started)
+
+    async def drain(self) -> None:
+        """Waits until everything in flight has committed or failed."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=DEADLINE_SECONDS)
+
+    def _verify(self, delivery: Delivery) -> Genuine:
+        try:
+            verified = self._validator.verify(
+                body=delivery.body, header=delivery.signature_header, now=delivery.received_at
+            )
+        except SignatureRefused as refusal:
+            self._metrics.signature_refused(refusal.reason.value)
+            raise
+        # From here on only the storable form is looked at, so a rebuild from the store sees the same.
+        payload = mask_sensitive(delivery.body)
+        event = read_event(parse_event_json(payload), signed_at=from_unix(verified.timestamp))
+        return Genuine(
+            event=event,
+            payload=payload,
+            payload_sha256=hashlib.sha256(delivery.body).hexdigest(),
+            signature_sha256=verified.signature_sha256,
+            received_at=delivery.received_at,
+            request_id=delivery.request_id,
+        )
+
+    async def _answer(self, genuine: Genuine) -> Answer:
+        envelope = genuine.event.envelope
+        if envelope.id == DASHBOARD_TEST_EVENT_ID:
+            return Answer(body=_answer_body(envelope, Decision(status=Status.IGNORED)))
+        remembered = await self._replay.check_replay_cache(genuine.signature_sha256)
+        if remembered is not None:
+            self._metrics.replay_blocked()
+            return Answer(body=remembered, replayed=True)
+        # A task of its own: a client that hangs up, or the deadline, must not tear a transaction apart.
+        task = asyncio.create_task(self._process(genuine))
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                answer = await asyncio.shield(task)
+        except TimeoutError as error:
+            # It may still commit; then the next delivery of the event gets its answer.
+            raise Unavailable from error
+        await self._replay.remember(genuine.signature_sha256, answer.body)
+        return answer
+
+    async def _process(self, genuine: Genuine) -> Answer:
+        effects = Effects()
+        try:
+            answer = await self._commit(genuine, effects)
+        except StoreUnavailable:
+            await self._alerts.send_owner_alert(
+                "The database is unavailable: webhooks are answered with 503 and will be sent again.",
+                key="store-unavailable",
+            )
+            raise
+        except Exception as error:
+            await self._record_failure(genuine, error)
+            raise
+        if answer.replayed:
+            self._metrics.replay_blocked()
+        for action in effects.audit_actions:
+            self._metrics.audit_written(action)
+        for plan, change in effects.changes:
+            self._metrics.entitlement_changed(plan, change)
+        if effects.messages:
+            self._relay.wake()
+        return answer
+
+    async def _commit(self, genuine: Genuine, effects: Effects) -> Answer:
+        """Claims the event and writes all that follows from it, or reads the answer of who claimed it before."""
+        envelope = genuine.event.envelope
+        async with self._database.transaction() as tx:
+            if not await store.claim(tx, envelope, now=self._clock.now()):
+                return Answer(body=(await store.stored_answer(tx, envelope)).encode("ascii"), replayed=True)
+            decision = await self._decide_and_write(tx, genuine.event, effects)
+            body = _answer_body(envelope, decision)
+            await store.save_event(
+                tx,
+                store.StoredEvent(
+                    event=envelope,
+                    received_at=genuine.received_at,
+                    payload=genuine.payload,
+                    payload_sha256=genuine.payload_sha256,
+                    request_id=genuine.request_id,
+                    status=decision.status,
+                    reason=decision.reason,
+                    user_id=decision.user_id,
+                    plan_code=decision.plan_code,
+                    customer_id=decision.customer.id if decision.customer else None,
+                    source_key=decision.source.key if decision.source else None,
+                    answer=body.decode("ascii"),
+                ),
+            )
+        return Answer(body=body)
+
+    async def _decide_and_write(self, tx: Tx, event: StripeEvent, effects: Effects) -> Decision:
+        envelope = event.envelope
+        if envelope.livemode != self._livemode:
+            return Decision(status=Status.IGNORED, reason="other_livemode")
+        try:
+            translation = translate(event)
+        except TranslationError as error:
+            decision = _unreadable(envelope, str(error))
+            await self._stage_notices(tx, decision.notices, effects)
+            return decision
+        if translation is None:
+            return Decision(status=Status.IGNORED, reason="not_handled")
+        return await self._apply(tx, envelope, translation, effects)
+
+    async def _apply(self, tx: Tx, event: Event, translation: Translation, effects: Effects) -> Decision:
+        """Decides on one event and writes every consequence into the open transaction."""
+        now = self._clock.now()
+        named_sources, named_customers = _subjects(event, translation)
+        # Two levels, each in one order: first what the event names, then the users behind it.
+        await store.lock(tx, [str(name) for name in (*named_sources, *named_customers)])
+        ties, related_sources, users = await store.load_parties(tx, named_sources, named_customers)
+        users |= _named_users(translation)
+        await store.lock(tx, [f"user {user_id}" for user_id in users])
+        state = await store.load_state(tx, ties, named_sources | related_sources, users)
+        _, decision = decide(self._catalog, state, event, translation, now=now)
+
+        await store.save_ties(tx, decision.ties)
+        await store.save_facts(tx, decision.sources, decision.facts, now=now)
+        for change in decision.changes:
+            await self._activate_entitlements(tx, change, event, effects, now=now)
+        for payment in decision.payments:
+            await self._log_payment_event(tx, payment, event, effects, now=now)
+        await self._attribute(tx, decision, event, effects, now=now)
+        await self._stage_notices(tx, decision.notices, effects)
+        return decision
+
+    async def _activate_entitlements(
+        self, tx: Tx, change: EntitlementChange, event: Event, effects: Effects, *, now: datetime
+    ) -> None:
+        """Writes what a user may do from now on, its history and its audit row."""
+        await store.save_entitlement(tx, change, event, now=now)
+        after, before = change.after, change.before
+        await self._audit(
+            tx,
+            effects,
+            AuditLog(
+                id=new_id(),
+                user_id=after.user_id,
+                action=f"entitlement.{change.kind.value}",
+                resource_type="entitlement",
+                resource_id=after.user_id,
+                details={
+                    "plan_code": after.plan_code,
+                    "plan_code_before": before.plan_code if before else None,
+                    "status": after.status,
+                    "entitlements": dict(after.features),
+                    "valid_until": after.valid_until.isoformat() if after.valid_until else None,
+                    "version": after.version,
+                    "stripe_event_id": event.id,
+                },
+                actor=f"stripe:{event.id}",
+                created_at=now,
+            ),
+        )
+        effects.changes.append((after.plan_code, change.kind.value))
+
+    async def _log_payment_event(
+        self, tx: Tx, payment: Payment, event: Event, effects: Effects, *, now: datetime
+    ) -> None:
+        """Writes a ledger line and its audit row, unless the same money has its line already."""
+        fact = payment.fact
+        line = PaymentEvent(
+            id=new_id(),
+            stripe_event_id=event.id,
+            user_id=payment.user_id,
+            event_type=fact.event_type,
+            plan_code=payment.plan_code,
+            customer_id=fact.customer_id,
+            invoice_id=fact.invoice_id,
+            subscription_id=fact.subscription_id,
+            amount=fact.amount,
+            currency=fact.currency,
+            settled=fact.settled,
+            metadata=fact.metadata,
+            account=event.account,
+            livemode=event.livemode,
+            effect_key=fact.effect_key,
+            occurred_at=event.occurred_at,
+            created_at=now,
+        )
+        if await store.add_payment(tx, line):
+            await self._audit(tx, effects, _payment_audit("payment.event", line, event, now))
+
+    async def _attribute(
+        self, tx: Tx, decision: Decision, event: Event, effects: Effects, *, now: datetime
+    ) -> None:
+        """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
+        for attribution in decision.attributions:
+            for line in await store.attribute_payments(tx, attribution):
+                await self._audit(tx, effects, _payment_audit("payment.attributed", line, event, now))
+        settled: list[tuple[str, str | None]] = []
+        for waiting in decision.waiting:
+            settled += [
+                (event_id, waiting.user_id) for event_id in await store.settle_waiting_source(tx, waiting)
+            ]
+        for attribution in decision.attributions:
+            settled += [
+                (event_id, attribution.user_id)
+                for event_id in await store.settle_waiting_customer(tx, attribution, NO_USER)
+            ]
+        for event_id, user_id in settled:
+            await self._audit(
+                tx,
+                effects,
+                AuditLog(
+                    id=new_id(),
+                    user_id=user_id,
+                    action="event.unparked",
+                    resource_type="event",
+                    resource_id=event_id,
+                    details={"by_stripe_event_id": event.id},
+                    actor=f"stripe:{event.id}",
+                    created_at=now,
+                ),
+            )
+
+    async def _stage_notices(self, tx: Tx, notices: Sequence[Notice], effects: Effects) -> None:
+        messages = [
+            owner_alert(
+                notice.text,
+                key=notice.key,
+                # Hashed, because a key may be longer than the column.
+                dedupe_key=hashlib.sha256(notice.key.encode()).hexdigest(),
+            )
+            for notice in notices
+        ]
+        await stage_many(tx, messages, now=self._clock.now())
+        effects.messages = effects.messages or bool(messages)
+
+    async def _audit(self, tx: Tx, effects: Effects, row: AuditLog) -> None:
+        await audit_log.append(tx, [row])
+        effects.audit_actions.append(row.action)
+
+    async def _record_failure(self, genuine: Genuine, error: Exception) -> None:
+        """Leaves the trace of a failed attempt, in a transaction of its own, and tells the owner."""
+        envelope = genuine.event.envelope
+        log.error("webhook_failed", event_type=envelope.type, exc_info=error)
+        await self._alerts.send_owner_alert(
+            f"Event {envelope.id} ({envelope.type}) could not be processed: {type(error).__name__}. "
+            "Nothing of it was applied; Stripe will send it again.",
+            key=f"webhook-failed:{type(error).__name__}",
+        )
+        try:
+            async with self._database.transaction() as tx:
+                await store.save_failed_attempt(
+                    tx,
+                    envelope,
+                    received_at=genuine.received_at,
+                    payload=genuine.payload,
+                    payload_sha256=genuine.payload_sha256,
+                    request_id=genuine.request_id,
+                    reason=type(error).__name__,
+                )
+        except StoreUnavailable:
+            log.warning("failed_attempt_not_recorded", event_type=envelope.type)
+
+
+def _subjects(event: Event, translation: Translation) -> tuple[set[SourceId], set[CustomerId]]:
+    """The sources and customers that an event names."""
+    keys = {source_key(fact) for fact in translation.facts}
+    if translation.subscription_id is not None:
+        keys.add(f"sub:{translation.subscription_id}")
+    customers = {tie.customer_id for tie in translation.ties}
+    if translation.customer_id is not None:
+        customers.add(translation.customer_id)
+    return (
+        {SourceId(event.account, event.livemode, key) for key in keys},
+        {CustomerId(event.account, event.livemode, customer) for customer in customers},
+    )
+
+
+def _named_users(translation: Translation) -> set[str]:
+    """The users that an event names itself."""
+    named: set[str | None] = {tie.user_id for tie in translation.ties}
+    for fact in translation.facts:
+        named.add(fact.metadata_user_id)
+        named.add(getattr(fact, "client_reference_id", None))
+    return {user_id for user_id in named if user_id is not None}
+
+
+def _unreadable(event: Event, problem: str) -> Decision:
+    return Decision(
+        status=Status.PARKED,
+        reason=f"unreadable:{problem}",
+        notices=(
+            Notice(
+                key=f"unreadable:{event.type}:{event.api_version}",
+                text=f"Event {event.id} ({event.type}, API {event.api_version}) is parked: {problem}. "
+                "It is kept and can be processed again once its shape is understood.",
+            ),
+        ),
+    )
+
+
+def _payment_audit(action: str, line: PaymentEvent, event: Event, now: datetime) -> AuditLog:
+    return AuditLog(
+        id=new_id(),
+        user_id=line.user_id,
+        action=action,
+        resource_type="payment",
+        resource_id=line.id,
+        details={
+            "event_type": line.event_type,
+            "plan_code": line.plan_code,
+            "amount": line.amount,
+            "currency": line.currency,
+            "settled": line.settled,
+            "effect_key": line.effect_key,
+            "stripe_event_id": line.stripe_event_id,
+        },
+        actor=f"stripe:{event.id}",
+        created_at=now,
+    )
+
+
+def _answer_body(event: Event, decision: Decision) -> bytes:
+    document: Mapping[str, str | None] = {
+        "status": decision.status.value,
+        "event_id": event.id,
+        "event_type": event.type,
+        "user_id": decision.user_id,
+        "plan_code": decision.plan_code,
+    }
+    return json.dumps(document, separators=(",", ":")).encode("ascii")

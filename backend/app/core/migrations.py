@@ -1,0 +1,45 @@
+"""Brings a database to the schema of this version, and tells whether it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from backend.app.core.database import Database
+
+MIGRATIONS_DIRECTORY = Path(__file__).parents[2] / "migrations"
+
+# Two operators who migrate at once: the second waits for the first. Any constant number does.
+_ADVISORY_LOCK = 7_402_561_938
+
+
+async def migrate(database: Database) -> None:
+    """Applies every migration that is missing, all in one transaction."""
+    async with database.migration() as tx:
+        if not database.is_sqlite:
+            await tx.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        await tx.run_sync(_upgrade)
+
+
+async def is_current(database: Database) -> bool:
+    """Whether the database has this version's schema."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    async with database.snapshot() as tx:
+        return await tx.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision()) == head
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS_DIRECTORY))
+    return config

@@ -1,0 +1,71 @@
+"""Fixtures for every test: a fresh database on SQLite and on PostgreSQL, and an empty Valkey.
+
+A server starts with the first test that needs it, once per pytest process (under pytest-xdist: per worker).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg  # type: ignore[import-untyped]  # the driver ships no types
+import pytest
+
+from backend.tests.support.server_directory import work_directory
+from backend.tests.support.servers import PostgresServer, ValkeyServer
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL without fsync, shared by all tests; one that breaks it should start its own."""
+    with work_directory() as directory:
+        server = PostgresServer.start(directory / "postgres")
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    """A Valkey shared by all tests of this process."""
+    with work_directory() as directory:
+        server = ValkeyServer.start(directory / "valkey")
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The URL of a new, empty PostgreSQL database."""
+    # A fault test that failed half-way must not fail those after it.
+    if not postgres_server.running:
+        postgres_server.restart()
+    name = f"test_{secrets.token_hex(8)}"
+    yield postgres_server.create_database(name)
+    with contextlib.suppress(OSError, asyncpg.PostgresError):
+        postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of an SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a new, empty database; the test runs once on each kind."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def redis_url(valkey_server: ValkeyServer) -> str:
+    """The URL of an empty Valkey that answers."""
+    # Same here: the test before may have left it paused or stopped.
+    if not valkey_server.running:
+        valkey_server.restart()
+    valkey_server.resume()
+    valkey_server.flush()
+    return valkey_server.url
