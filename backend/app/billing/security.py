@@ -284,6 +284,12 @@ class WebhookSecurityValidator:
         return matches[0]
 
 
+def sign(body: bytes, key: bytes, *, timestamp: int) -> str:
+    """The Stripe-Signature header that Stripe would send with these bytes at this unix second."""
+    digest = hmac.digest(key, b"%d.%b" % (timestamp, body), "sha256").hex()
+    return f"t={timestamp},v1={digest}"
+
+
 def _parse_header(header: bytes | None) -> tuple[int, list[bytes]]:
     """The `t` and all `v1` values of `t=...,v1=...[,v1=...]`."""
     if not header:

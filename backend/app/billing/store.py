@@ -511,6 +511,55 @@ async def save_failed_attempt(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkedEvent:
+    """What is needed to process a parked event again; `payload` is its stored body."""
+
+    account: str
+    livemode: bool
+    event_id: str
+    reason: str
+    occurred_at: datetime
+    payload: bytes
+
+
+async def load_parked(
+    tx: Tx, *, after: tuple[str, bool, str] | None, reason_prefix: str, limit: int
+) -> list[ParkedEvent]:
+    """The next page of parked events whose reason begins with a prefix, in the order of their keys."""
+    columns = webhook_events.c
+    place = sa.tuple_(columns.account, columns.livemode, columns.event_id)
+    statement = (
+        sa.select(
+            columns.account,
+            columns.livemode,
+            columns.event_id,
+            columns.reason,
+            columns.occurred_at,
+            columns.payload,
+        )
+        .where(
+            columns.status == Status.PARKED.value, columns.reason.startswith(reason_prefix, autoescape=True)
+        )
+        .order_by(columns.account, columns.livemode, columns.event_id)
+        .limit(limit)
+    )
+    if after is not None:
+        statement = statement.where(place > sa.tuple_(*(sa.literal(part) for part in after)))
+    return [ParkedEvent(**row) for row in (await tx.execute(statement)).mappings()]
+
+
+async def resettle_event(
+    tx: Tx, event: Event, *, status: Status, reason: str | None, user_id: str | None, plan_code: str | None
+) -> None:
+    """Writes what became of an event that was processed again; the answer that was given stays."""
+    await tx.execute(
+        webhook_events.update()
+        .where(_is_event(event))
+        .values(status=status.value, reason=reason, user_id=user_id, plan_code=plan_code)
+    )
+
+
 async def count_parked(tx: Tx) -> int:
     """How many events wait for a missing piece."""
     result = await tx.execute(

@@ -37,7 +37,12 @@ from backend.app.billing.models import PaymentEvent
 from backend.app.billing.providers.fields import TranslationError
 from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import DASHBOARD_TEST_EVENT_ID, StripeEvent, read_event
-from backend.app.billing.security import SignatureRefused, WebhookReplayProtection, WebhookSecurityValidator
+from backend.app.billing.security import (
+    SignatureRefused,
+    WebhookReplayProtection,
+    WebhookSecurityValidator,
+    signature_header,
+)
 from backend.app.billing.strict_json import parse_event_json
 from backend.app.core.clock import Clock, from_unix
 from backend.app.core.database import Database, Tx
@@ -50,15 +55,18 @@ from backend.app.ops.outbox import Relay, stage_many
 # Stripe gives up on an answer after about ten seconds; ours comes earlier, and says that it may be sent again.
 DEADLINE_SECONDS = 8
 
+# One page of parked events is looked at between two short reads.
+PARKED_PAGE_EVENTS = 100
+
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """One HTTP attempt that carries an event: raw bytes, the signature header, when and as which request."""
+    """One HTTP attempt that carries an event: raw bytes, raw headers, when and as which request."""
 
     body: bytes
-    signature_header: bytes | None
+    headers: tuple[tuple[bytes, bytes], ...]
     received_at: datetime
     request_id: str
 
@@ -140,7 +148,44 @@ class BillingWebhooks:
         else:
             return answer
         finally:
-            self._metrics.delivery_answered(outcome, time.perf_counter() - started)
+            duration_seconds = time.perf_counter() - started
+            self._metrics.delivery_answered(outcome, duration_seconds)
+            log.info("webhook_answered", outcome=outcome, duration_ms=round(duration_seconds * 1000, 1))
+
+    async def rerun_parked(self) -> int:
+        """Applies the parked events whose price or plan the catalog has by now; how many were run again."""
+        rerun = 0
+        for prefix in ("unknown_price:", "unknown_plan:"):
+            after: tuple[str, bool, str] | None = None
+            while True:
+                async with self._database.snapshot() as tx:
+                    page = await store.load_parked(
+                        tx, after=after, reason_prefix=prefix, limit=PARKED_PAGE_EVENTS
+                    )
+                if not page:
+                    break
+                after = (page[-1].account, page[-1].livemode, page[-1].event_id)
+                for parked in page:
+                    if self._catalog.knows(parked.reason.removeprefix(prefix)):
+                        await self._rerun(parked)
+                        rerun += 1
+        return rerun
+
+    async def _rerun(self, parked: store.ParkedEvent) -> None:
+        effects = Effects()
+        event = read_event(parse_event_json(parked.payload), signed_at=parked.occurred_at)
+        async with self._database.transaction() as tx:
+            decision = await self._decide_and_write(tx, event, effects)
+            await store.resettle_event(
+                tx,
+                event.envelope,
+                status=decision.status,
+                reason=decision.reason,
+                user_id=decision.user_id,
+                plan_code=decision.plan_code,
+            )
+        self._count(effects)
+        log.info("parked_event_rerun", event_id=parked.event_id, status=decision.status.value)
 
     async def drain(self) -> None:
         """Waits until everything in flight has committed or failed."""
@@ -150,7 +195,7 @@ class BillingWebhooks:
     def _verify(self, delivery: Delivery) -> Genuine:
         try:
             verified = self._validator.verify(
-                body=delivery.body, header=delivery.signature_header, now=delivery.received_at
+                body=delivery.body, header=signature_header(delivery.headers), now=delivery.received_at
             )
         except SignatureRefused as refusal:
             self._metrics.signature_refused(refusal.reason.value)
@@ -203,13 +248,16 @@ class BillingWebhooks:
             raise
         if answer.replayed:
             self._metrics.replay_blocked()
+        self._count(effects)
+        return answer
+
+    def _count(self, effects: Effects) -> None:
         for action in effects.audit_actions:
             self._metrics.audit_written(action)
         for plan, change in effects.changes:
             self._metrics.entitlement_changed(plan, change)
         if effects.messages:
             self._relay.wake()
-        return answer
 
     async def _commit(self, genuine: Genuine, effects: Effects) -> Answer:
         """Claims the event and writes all that follows from it, or reads the answer of who claimed it before."""

@@ -138,7 +138,7 @@ def install_problem_handlers(app: FastAPI) -> None:
         return _json_response(document, {})
 
     @app.exception_handler(Exception)
-    async def on_any_other(request: Request, error: Exception) -> Response:
+    async def on_any_other(request: Request, _error: Exception) -> Response:
         # The framework raises it again after this answer, and the server logs it.
         return problem_response(AppError(), request)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from backend.app.core.database import Database
@@ -28,9 +28,16 @@ async def migrate(database: Database) -> None:
 
 async def is_current(database: Database) -> bool:
     """Whether the database has this version's schema."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
     async with database.snapshot() as tx:
-        return await tx.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision()) == head
+        if not await tx.run_sync(lambda sync: sa.inspect(sync).has_table("alembic_version")):
+            return False
+        result = await tx.execute(sa.text("SELECT version_num FROM alembic_version"))
+        return result.scalar_one_or_none() == _head()
+
+
+@functools.cache
+def _head() -> str | None:
+    return ScriptDirectory.from_config(_config()).get_current_head()
 
 
 def _upgrade(connection: sa.Connection) -> None:

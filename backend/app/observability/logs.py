@@ -44,7 +44,7 @@ INTEGER_BITS_MAX = 64
 FRAMES_MAX = 30
 # An error with its causes, or the members of a group; more add nothing to a diagnosis.
 EXCEPTIONS_MAX = 5
-# Redaction of a text this long takes about a millisecond; what is longer is cut before.
+# Redaction of a text this long takes about five milliseconds; what is longer is cut before.
 REDACTION_CHARACTERS_MAX = 20_000
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

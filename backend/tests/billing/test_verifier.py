@@ -223,6 +223,7 @@ def test_the_order_of_a_rotations_signatures_doesnt_change_the_replay_key() -> N
     one = both.verify(body=BODY, header=T + b",v1=" + sign(OLD) + b",v1=" + sign(NEW), now=NOW)
     other = both.verify(body=BODY, header=b"v1=" + sign(NEW) + b",v1=" + sign(OLD) + b"," + T, now=NOW)
     assert one == other
+    assert one.secret_name == "old"
 
 
 def test_a_resent_delivery_has_another_replay_key() -> None:

@@ -421,7 +421,7 @@ class IdempotencyStoreContract:
 
     async def test_refused_work_leaves_the_key_free(self, store: IdempotencyStore) -> None:
         """A refusal changes nothing, so the next request with this key is the first."""
-        handler, _ = handler_on(store)
+        handler, operation = handler_on(store)
 
         async def refuses() -> Answer:
             raise Forbidden
@@ -429,6 +429,7 @@ class IdempotencyStoreContract:
         with pytest.raises(Forbidden):
             await handler.run("key", "same", refuses)
         assert await handler.get_cached("key") is None
+        assert counted("idempotency_stale_writes_total", operation) == 0
         assert await handler.run("key", "different", answering(ANSWER)) == Outcome(ANSWER, replayed=False)
 
 

@@ -85,6 +85,12 @@ class Catalog:
                 return names[name]
         return None
 
+    def knows(self, name: str) -> bool:
+        """Whether a name that was missing, of a plan or a price, is in the catalog."""
+        return any(
+            name in names for names in (self.plans, self.by_price, self.by_lookup_key, self.by_product)
+        )
+
     def merge(self, plans: Sequence[Plan]) -> dict[str, FeatureValue]:
         """The feature values of a user who has all of `plans` and the default plan."""
         given = [self.default_plan, *plans]

@@ -206,9 +206,15 @@ def decide(
 
 
 def entitlement_of(
-    catalog: Catalog, user_id: str, sources: Iterable[Source], *, at: datetime
-) -> tuple[Entitlement, tuple[Access, ...]]:
-    """What a user may do at an instant, merged from all of their sources, and the accesses that count."""
+    catalog: Catalog,
+    user_id: str,
+    sources: Iterable[Source],
+    *,
+    at: datetime,
+    version: int = 0,
+    activated_at: datetime | None = None,
+) -> Entitlement:
+    """What a user may do at an instant, merged from all of their sources."""
     readings = [read_source(catalog, source) for source in sources]
     accesses = [access for reading in readings for access in reading.accesses]
     answer = _merged(catalog, readings, accesses, at)
@@ -225,15 +231,14 @@ def entitlement_of(
         None,
     )
     plan, status, features = answer
-    return (
-        Entitlement(
-            user_id=user_id,
-            plan_code=plan.code,
-            status=status,
-            features=features,
-            valid_until=valid_until,
-        ),
-        tuple(access for access in accesses if access.is_live(at)),
+    return Entitlement(
+        user_id=user_id,
+        plan_code=plan.code,
+        status=status,
+        features=features,
+        valid_until=valid_until,
+        activated_at=activated_at,
+        version=version,
     )
 
 
@@ -313,7 +318,7 @@ def _with_entitlements(
     changes: list[EntitlementChange] = []
     for user_id in sorted(users):
         owned = [source for source in state.sources.values() if source.user_id == user_id]
-        after, _ = entitlement_of(catalog, user_id, owned, at=now)
+        after = entitlement_of(catalog, user_id, owned, at=now)
         before = entitlements.get(user_id)
         kind = _kind_of_change(catalog, before, after)
         if kind is None:
