@@ -5,14 +5,19 @@ A server starts with the first test that needs it, once per pytest process (unde
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg  # type: ignore[import-untyped]  # the driver ships no types
 import pytest
 
+from backend.app.core.database import Database
+from backend.app.core.migrations import migrate
+from backend.tests.support.billing import Harness, running_service
 from backend.tests.support.server_directory import work_directory
 from backend.tests.support.servers import PostgresServer, ValkeyServer
 
@@ -69,3 +74,65 @@ def redis_url(valkey_server: ValkeyServer) -> str:
     valkey_server.resume()
     valkey_server.flush()
     return valkey_server.url
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres_template(postgres_server: PostgresServer) -> str:
+    """The name of a PostgreSQL database with this version's schema, to copy from."""
+    name = "migrated_template"
+    asyncio.run(_migrate(postgres_server.create_database(name)))
+    return name
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with this version's schema, to copy from."""
+    path = tmp_path_factory.mktemp("template") / "template.db"
+    asyncio.run(_migrate(f"sqlite:///{path}"))
+    return path
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_server: PostgresServer, migrated_postgres_template: str) -> Iterator[str]:
+    """The URL of a new PostgreSQL database with this version's schema."""
+    if not postgres_server.running:
+        postgres_server.restart()
+    name = f"test_{secrets.token_hex(8)}"
+    yield postgres_server.create_database(name, template=migrated_postgres_template)
+    with contextlib.suppress(OSError, asyncpg.PostgresError):
+        postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def migrated_sqlite_url(migrated_sqlite_template: Path, tmp_path: Path) -> str:
+    """The URL of a new SQLite file with this version's schema."""
+    path = tmp_path / "tollkeeper.db"
+    shutil.copyfile(migrated_sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def migrated_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a new database with this version's schema; the test runs once on each kind."""
+    url: str = request.getfixturevalue(f"migrated_{request.param}_url")
+    return url
+
+
+@pytest.fixture
+async def service(migrated_url: str) -> AsyncIterator[Harness]:
+    """A running service of its own, once on SQLite and once on PostgreSQL."""
+    async with running_service(migrated_url) as harness:
+        yield harness
+
+
+@pytest.fixture
+async def sqlite_service(migrated_sqlite_url: str) -> AsyncIterator[Harness]:
+    """A running service on SQLite, for what does not depend on the kind of database."""
+    async with running_service(migrated_sqlite_url) as harness:
+        yield harness
+
+
+async def _migrate(url: str) -> None:
+    database = Database.open(url)
+    await migrate(database)
+    await database.close()

@@ -97,6 +97,7 @@ class Database:
         if url.get_backend_name() == "sqlite":
             engine = create_async_engine(
                 url,
+                hide_parameters=True,
                 connect_args={"timeout": LOCK_WAIT_SECONDS},
                 pool_size=POOL_CONNECTIONS_MAX,
                 max_overflow=0,
@@ -106,6 +107,8 @@ class Database:
         else:
             engine = create_async_engine(
                 url,
+                # An error must not carry a row's values out of the database.
+                hide_parameters=True,
                 connect_args={
                     "timeout": CONNECT_SECONDS_MAX,
                     "command_timeout": STATEMENT_SECONDS_MAX + 1,
