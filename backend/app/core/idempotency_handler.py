@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import math
 from collections.abc import Awaitable, Callable
@@ -12,12 +11,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-from prometheus_client import Counter
-
 from backend.app.core.errors import AppError, IdempotencyInProgress, IdempotencyMismatch, Unavailable
 from backend.app.core.idempotency_stores import Answer, IdempotencyStore, Record, RecordKey, State
 from backend.app.core.ids import new_id
-from backend.app.observability.metrics import MetricsCollector, get_metrics
+from backend.app.observability.metrics import get_metrics
 
 # Longer than any work of ours may take: a call to Stripe ends by time-out well before.
 LEASE_SECONDS = 60
@@ -197,7 +194,7 @@ class IdempotencyHandler:
         return Outcome(answer, replayed=True)
 
     def _count_stale_write(self) -> None:
-        _stale_writes(get_metrics()).labels(operation=self._operation).inc()
+        get_metrics().idempotent_stale_write(self._operation)
 
 
 def foreign_key() -> str:
@@ -253,13 +250,3 @@ async def _uninterrupted(store_call: Awaitable[T]) -> T:
             task.exception()
         raise cancelled
     return task.result()
-
-
-@functools.cache
-def _stale_writes(metrics: MetricsCollector) -> Counter:
-    return Counter(
-        "idempotency_stale_writes_total",
-        "Writes refused because their holder had lost its lease",
-        ["operation"],
-        registry=metrics.registry,
-    )

@@ -56,6 +56,12 @@ class MetricsCollector:
             ["operation"],
             registry=self.registry,
         )
+        self.idempotency_stale_writes_total = Counter(
+            "idempotency_stale_writes_total",
+            "Writes refused because their holder had lost its lease",
+            ["operation"],
+            registry=self.registry,
+        )
         self.billing_webhook_deliveries_total = Counter(
             "billing_webhook_deliveries_total",
             "Webhook deliveries by outcome",
@@ -135,6 +141,10 @@ class MetricsCollector:
     def idempotent_hit(self, operation: str) -> None:
         """A repeated request of `operation` got the first one's result."""
         self.idempotent_hits_total.labels(operation=operation).inc()
+
+    def idempotent_stale_write(self, operation: str) -> None:
+        """The holder of a lost lease tried to write its result, and was refused."""
+        self.idempotency_stale_writes_total.labels(operation=operation).inc()
 
     def signature_refused(self, reason: str) -> None:
         """A delivery was refused; `reason` is a member of the verifier's closed list."""
