@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import http.client
 import json
 import os
 import signal
@@ -24,10 +25,12 @@ from backend.app.billing.security import sign
 from backend.app.core.api_keys import ApiKeys, Scope
 from backend.app.core.clock import SystemClock
 from backend.app.core.database import Database
-from backend.app.core.errors import AppError
+from backend.app.core.errors import AppError, InvalidRequest
 from backend.app.core.migrations import is_current, migrate
 from backend.app.core.settings import Settings
-from backend.app.main import create_app, load_catalog, open_secrets
+from backend.app.demo.deployment import DemoFailed
+from backend.app.demo.run import run_demo
+from backend.app.main import create_app, load_catalog, open_redis, open_secrets
 from backend.app.observability.logs import configure_logging
 
 # Longer than a delivery's deadline, so that what is in flight at a stop is finished and answered.
@@ -58,6 +61,8 @@ def serve(host: str, port: int, workers: int, as_json: bool) -> None:
     try:
         open_secrets(settings)
         load_catalog(settings)
+        if settings.redis_url:
+            open_redis(settings.redis_url)
         asyncio.run(_prepare_database(settings))
     except ValueError as error:
         _wrong_use(str(error))
@@ -87,6 +92,18 @@ def worker_app() -> Any:
         _end_with_parent()
     configure_logging()
     return create_app()
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="End by itself: exit 0 only if every check holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the account as JSON.")
+def demo(once: bool, as_json: bool) -> None:
+    """See it work: a service of its own, a stream of signed events in disorder, and what came of them."""
+    try:
+        held = run_demo(once=once, as_json=as_json)
+    except (DemoFailed, AppError, OSError, http.client.HTTPException) as error:
+        _bad(f"the demo could not be carried out: {error}")
+    sys.exit(0 if held else 1)
 
 
 @main.command("migrate")
@@ -154,7 +171,7 @@ def send(file: BinaryIO, url: str, secret: str | None, as_json: bool) -> None:
             status, headers, answer = response.status, dict(response.headers), response.read()
     except urllib.error.HTTPError as error:
         status, headers, answer = error.code, dict(error.headers), error.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         _bad(f"can't reach {url}: {error}")
     text = answer.decode("utf-8", "replace")
     if as_json:
@@ -191,6 +208,8 @@ def _with_database(work: Callable[[Database], Awaitable[T]]) -> T:
         return asyncio.run(run())
     except ValueError as error:
         _wrong_use(str(error))
+    except InvalidRequest as error:
+        _wrong_use(error.detail)
     except AppError as error:
         _bad(error.detail)
 

@@ -176,6 +176,8 @@ def load_catalog(settings: Settings) -> Catalog:
         raise ValueError(f"{path}: {error}") from error
     except OSError as error:
         raise ValueError(f"CATALOG_FILE: can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"CATALOG_FILE: {path} is not UTF-8") from error
 
 
 def open_secrets(settings: Settings) -> SecretSource:
@@ -190,14 +192,18 @@ def open_secrets(settings: Settings) -> SecretSource:
 
 def open_redis(url: str) -> redis.asyncio.Redis:
     """A client that gives up quickly: the library's own defaults may wait 25 s for a silent server."""
-    return redis.asyncio.Redis.from_url(
-        url,
-        socket_timeout=REDIS_CALL_SECONDS_MAX,
-        # The handshake has several round trips; the caller's own limit still bounds the whole.
-        socket_connect_timeout=4 * REDIS_CALL_SECONDS_MAX,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=50,
-    )
+    try:
+        return redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=REDIS_CALL_SECONDS_MAX,
+            # The handshake has several round trips; the caller's own limit still bounds the whole.
+            socket_connect_timeout=4 * REDIS_CALL_SECONDS_MAX,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=50,
+        )
+    except ValueError:
+        # Without its cause, which may quote a piece of the password.
+        raise ValueError("REDIS_URL: not a Redis URL; use redis://, rediss:// or unix://") from None
 
 
 async def _check_database(database: Database) -> None:

@@ -19,7 +19,8 @@ from backend.app.core.http import problem_response, read_body
 
 WEBHOOK_PATH = "/api/v1/billing/webhooks"
 
-UserId = Annotated[str, Path(min_length=1, max_length=ID_CHARACTERS_MAX)]
+# PostgreSQL's text has no NUL, so no user has one either.
+UserId = Annotated[str, Path(min_length=1, max_length=ID_CHARACTERS_MAX, pattern=r"^[^\x00]*$")]
 
 
 class WebhookEndpoint:

@@ -39,7 +39,7 @@ from backend.app.billing.models import (
 from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
-# A decision looks at the newest facts of a source only, so that its cost does not grow with history. A
+# A decision looks at the newest facts of each kind of a source only, so that its cost does not grow with history. A
 # subscription that was past due through more snapshots than this would seem past due a little shorter.
 FACTS_PER_SOURCE_MAX = 64
 
@@ -188,7 +188,14 @@ async def load_sources(tx: Tx, condition: sa.ColumnElement[bool]) -> dict[Source
             source_facts.c.body,
             sa.func.row_number()
             .over(
-                partition_by=(sources.c.account, sources.c.livemode, sources.c.source_key),
+                # Each kind by itself: a subscription's many snapshots must not push its one checkout out,
+                # which may name the user and the plan.
+                partition_by=(
+                    sources.c.account,
+                    sources.c.livemode,
+                    sources.c.source_key,
+                    source_facts.c.body["kind"].as_string(),
+                ),
                 order_by=(source_facts.c.as_of.desc(), source_facts.c.event_id.desc()),
             )
             .label("place"),

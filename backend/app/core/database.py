@@ -172,8 +172,9 @@ def async_url(database_url: str) -> URL:
     """The user's URL with our driver in it: drivers are our business, not the user's."""
     try:
         url = make_url(database_url)
-    except sa.exc.ArgumentError as error:
-        raise ValueError("DATABASE_URL: not a database URL") from error
+    except (sa.exc.ArgumentError, ValueError):
+        # Without its cause, which may quote a piece of the password ("invalid literal for int(): ...").
+        raise ValueError("DATABASE_URL: not a database URL") from None
     backend = url.get_backend_name()
     if backend in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+asyncpg")

@@ -139,8 +139,9 @@ def install_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_any_other(request: Request, _error: Exception) -> Response:
-        # The framework raises it again after this answer, and the server logs it.
-        return problem_response(AppError(), request)
+        # The framework raises it again after this answer, and the server logs it. It answers outside of
+        # RequestContext, so the id's header is set here.
+        return problem_response(AppError(headers={"X-Request-Id": _request_id(request.scope)}), request)
 
 
 def _problem_response(error: AppError, scope: Scope) -> Response:

@@ -23,6 +23,9 @@ class NameFileSource(PydanticBaseSettingsSource):
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError(f"{field_name.upper()}_FILE: can't read {path}: {error.strerror}") from error
+        except UnicodeDecodeError:
+            # Without its cause, which holds the file's content.
+            raise ValueError(f"{field_name.upper()}_FILE: not UTF-8") from None
         return text.rstrip("\r\n"), field_name, False
 
     def __call__(self) -> dict[str, Any]:

@@ -356,3 +356,22 @@ def refund(
         "reason": None,
         "status": status,
     }
+
+
+def customer(customer_id: str, *, created: int = 0) -> Json:
+    """A customer (docs.stripe.com/api/customers/object)."""
+    return {
+        "id": customer_id,
+        "object": "customer",
+        "address": None,
+        "balance": 0,
+        "created": created,
+        "currency": "usd",
+        "delinquent": False,
+        "description": None,
+        "email": "buyer@example.com",
+        "livemode": False,
+        "metadata": {},
+        "name": "A Buyer",
+        "phone": None,
+    }

@@ -131,7 +131,7 @@ def _read_subscription(catalog: Catalog, source: Source) -> Reading:
     snapshots = sorted(
         (fact for fact in source.facts if isinstance(fact, SubscriptionFact)), key=_subscription_order
     )
-    checkouts = [fact for fact in source.facts if isinstance(fact, CheckoutFact)]
+    checkouts = _checkouts(source)
     known = [fact for fact in snapshots if fact.status in KNOWN_STATUSES]
     if not known:
         # Only its checkout, or only statuses that we don't know: nothing to grant on.
@@ -209,7 +209,7 @@ def _past_due_since(history: Sequence[SubscriptionFact]) -> datetime:
 
 
 def _read_purchase(catalog: Catalog, source: Source) -> Reading:
-    facts = [fact for fact in source.facts if isinstance(fact, CheckoutFact)]
+    facts = _checkouts(source)
     newest = max(facts, key=lambda fact: (_CHECKOUT_ORDER[fact.state], fact.as_of, fact.event_id))
     if newest.state is not CheckoutState.PAID:
         return Reading(status=newest.state.value, as_of=newest.as_of, grants=False)
@@ -228,6 +228,12 @@ def _read_purchase(catalog: Catalog, source: Source) -> Reading:
         ),
         unknown=unknown,
     )
+
+
+def _checkouts(source: Source) -> list[CheckoutFact]:
+    """A source's checkout facts, the oldest first: what several of them say, the first one said."""
+    facts = [fact for fact in source.facts if isinstance(fact, CheckoutFact)]
+    return sorted(facts, key=lambda fact: (fact.as_of, fact.event_id))
 
 
 def resolve_plan(catalog: Catalog, price: PriceRef | None, plan_hint: str | None) -> Plan | None:

@@ -194,7 +194,8 @@ def decide(
             Payment(
                 fact=fact,
                 user_id=fact.metadata_user_id or user_id,
-                plan_code=_payment_plan(catalog, fact) or plan_code,
+                # Its price, if mapped; metadata beside it may be older than the source's own plan.
+                plan_code=_payment_plan(catalog, replace(fact, metadata_plan_code=None)) or plan_code,
             )
             for fact in translation.payments
         ),
@@ -215,7 +216,8 @@ def entitlement_of(
     activated_at: datetime | None = None,
 ) -> Entitlement:
     """What a user may do at an instant, merged from all of their sources."""
-    readings = [read_source(catalog, source) for source in sources]
+    # In the order of their names: of two that are equal in all that counts, the same one always speaks.
+    readings = [read_source(catalog, source) for source in sorted(sources, key=lambda source: source.id)]
     accesses = [access for reading in readings for access in reading.accesses]
     answer = _merged(catalog, readings, accesses, at)
     boundaries = sorted(
@@ -424,12 +426,12 @@ def _waiting(catalog: Catalog, state: State, touched: Iterable[SourceId]) -> Ite
 def _notices(state: State, event: Event, translation: Translation, reason: str | None) -> Iterable[Notice]:
     for tie in translation.ties:
         customer = CustomerId(event.account, event.livemode, tie.customer_id)
-        holder = bound_user(state.ties[customer])
-        if holder != tie.user_id:
+        if any(known.user_id != tie.user_id for known in state.ties[customer]):
             yield Notice(
                 key=f"tie:{customer}:{tie.user_id}",
-                text=f"Customer {tie.customer_id} belongs to user {holder}, but event {event.id} names "
-                f"{tie.user_id}. The stronger and earlier tie holds; nobody was moved.",
+                text=f"Customer {tie.customer_id} is claimed for several users; event {event.id} names "
+                f"{tie.user_id}. The strongest, then the earliest claim holds: user "
+                f"{bound_user(state.ties[customer])}.",
             )
     for fact in translation.facts:
         if isinstance(fact, SubscriptionFact) and fact.status not in KNOWN_STATUSES:
