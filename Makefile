@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Each test process starts servers of its own; beyond four they only wait for each other.
+TEST_PROCESSES_MAX ?= 4
 
-.PHONY: help install
+.PHONY: help install demo test test-long check bench serve fmt lock
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -15,3 +17,36 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+demo: $(STAMP) ## see it work on a stream of signed events (ONCE=1: check and end)
+	$(BIN)/tollkeeper demo $(if $(ONCE),--once)
+
+test: $(STAMP) ## run all tests, on SQLite and on a real PostgreSQL and Valkey
+	$(BIN)/pytest -n auto --maxprocesses $(TEST_PROCESSES_MAX) -m "not long"
+
+test-long: $(STAMP) ## run the fault, fuzz and soak tests in their full length
+	$(BIN)/pytest -m long --timeout 7200
+
+check: $(STAMP) ## lint, types, import rules, documents and lock file in step
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy backend tools $(wildcard bench)
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python -m tools.docs --check
+	$(BIN)/python -m tools.lock
+	$(BIN)/python -m tools.hosts
+
+bench: $(STAMP) ## compare with a service as usually written, as ratios of one run
+	$(BIN)/python -m bench
+
+serve: $(STAMP) ## run the service with the settings of the environment
+	$(BIN)/tollkeeper serve
+
+fmt: $(STAMP) ## format the code and write the generated parts of the documents
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	$(BIN)/python -m tools.docs
+
+lock: $(STAMP) ## resolve pyproject.toml into requirements.lock
+	$(BIN)/uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \
+		--no-emit-find-links --extra dev -q -o requirements.lock pyproject.toml

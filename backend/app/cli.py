@@ -73,6 +73,8 @@ def serve(host: str, port: int, workers: int, as_json: bool) -> None:
     if workers > 1 and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         # Before the workers import the metrics library: it decides at import where it counts.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tollkeeper-metrics-")
+    # After an orderly stop uvicorn raises the signal again; by then everything is done, and that is a good end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         "backend.app.cli:worker_app",
         factory=True,

@@ -223,7 +223,7 @@ class BillingWebhooks:
         # A task of its own: a client that hangs up, or the deadline, must not tear a transaction apart.
         task = asyncio.create_task(self._process(genuine))
         self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
+        task.add_done_callback(self._finished)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 answer = await asyncio.shield(task)
@@ -232,6 +232,12 @@ class BillingWebhooks:
             raise Unavailable from error
         await self._replay.remember(genuine.signature_sha256, answer.body)
         return answer
+
+    def _finished(self, task: asyncio.Task[Answer]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            # After the deadline nobody else asks for it, and asyncio would log that as an error.
+            task.exception()
 
     async def _process(self, genuine: Genuine) -> Answer:
         effects = Effects()
