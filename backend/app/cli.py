@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import http.client
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -126,7 +127,7 @@ def keys() -> None:
 
 
 @keys.command("create")
-@click.option("--name", required=True, help="Whose key it is; shown in the audit log.")
+@click.option("--name", required=True, help="Whose key it is.")
 @click.option("--scope", required=True, type=click.Choice([scope.value for scope in Scope]))
 @click.option("--json", "as_json", is_flag=True, help='Print {"key": ...}.')
 def create_key(name: str, scope: str, as_json: bool) -> None:
@@ -231,6 +232,10 @@ def _end_with_parent() -> None:
     """A worker whose supervisor was killed ends too, instead of holding the port."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
+            # It died while this worker was being started, before there was anybody to be told.
+            sys.exit(1)
 
 
 def _wrong_use(message: str) -> NoReturn:

@@ -38,6 +38,8 @@ class EntitlementService:
         async with self._database.snapshot() as tx:
             now = await database_now(tx)
             sources = await store.load_sources_of_user(tx, user_id)
+            # What has occurred is in force, also where this clock is a little behind Stripe's.
+            now = max([now, *(fact.as_of for source in sources for fact in source.facts)])
             row = await store.load_entitlement(tx, user_id)
         entitlement = entitlement_of(
             self._catalog,

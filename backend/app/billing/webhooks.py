@@ -31,7 +31,7 @@ from backend.app.billing.domain.decide import (
     Status,
     decide,
 )
-from backend.app.billing.domain.facts import CustomerId, Event, SourceId, Translation, source_key
+from backend.app.billing.domain.facts import CustomerId, Event, SourceId, Translation, prices_of, source_key
 from backend.app.billing.masking import mask_sensitive
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.providers.fields import TranslationError
@@ -166,10 +166,20 @@ class BillingWebhooks:
                     break
                 after = (page[-1].account, page[-1].livemode, page[-1].event_id)
                 for parked in page:
-                    if self._catalog.knows(parked.reason.removeprefix(prefix)):
+                    if self._is_known_now(parked, parked.reason.removeprefix(prefix)):
                         await self._rerun(parked)
                         rerun += 1
         return rerun
+
+    def _is_known_now(self, parked: store.ParkedEvent, missing: str) -> bool:
+        """Whether the catalog has what was missing, under this name or under another of the event's prices."""
+        if self._catalog.knows(missing):
+            return True
+        # Readable, because it was parked for what it says.
+        translation = translate(read_event(parse_event_json(parked.payload), signed_at=parked.occurred_at))
+        return translation is not None and any(
+            self._catalog.plan_of_price(price) for fact in translation.facts for price in prices_of(fact)
+        )
 
     async def _rerun(self, parked: store.ParkedEvent) -> None:
         effects = Effects()

@@ -8,9 +8,11 @@
     ├── SignatureInvalid           403
     ├── Forbidden                  403
     ├── NotFound                   404
+    ├── MethodNotAllowed           405
     ├── IdempotencyInProgress      409
     ├── PayloadTooLarge            413
     ├── IdempotencyMismatch        422
+    ├── InvalidParameters          422
     └── Unavailable                503
         └── StoreUnavailable       503
 
@@ -19,7 +21,6 @@ A class's docstring is its public text: the `detail` of the answer and the page 
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from inspect import cleandoc
 from typing import Any, ClassVar
 
@@ -89,6 +90,12 @@ class NotFound(AppError):
     status, slug, title = 404, "not-found", "Not found"
 
 
+class MethodNotAllowed(AppError):
+    """This address exists, but not for this method; the Allow header names those it has."""
+
+    status, slug, title = 405, "method-not-allowed", "Method not allowed"
+
+
 class IdempotencyInProgress(AppError):
     """A request with this Idempotency-Key is still being carried out; ask again shortly."""
 
@@ -110,6 +117,12 @@ class IdempotencyMismatch(AppError):
     status, slug, title = 422, "idempotency-mismatch", "Idempotency-Key reused"
 
 
+class InvalidParameters(AppError):
+    """The request has wrong or missing values; `errors` names them."""
+
+    status, slug, title = 422, "invalid-parameters", "Invalid parameters"
+
+
 class Unavailable(AppError):
     """The service can't do this right now; nothing was changed. Please send it again."""
 
@@ -127,28 +140,21 @@ class StoreUnavailable(Unavailable):
 
 def problem(error: AppError, *, instance: str, request_id: str) -> dict[str, Any]:
     """The RFC 9457 document of an error: type, title, status, detail, instance, and our request_id."""
-    return _document(error.slug, error.title, error.status, error.detail, instance, request_id)
-
-
-def problem_for_status(status: int, *, detail: str | None, instance: str, request_id: str) -> dict[str, Any]:
-    """The RFC 9457 document of a bare HTTP status (404, 405, ...), as the web framework raises them."""
-    phrase = HTTPStatus(status).phrase
-    slug = phrase.lower().replace(" ", "-").replace("'", "")
-    return _document(slug, phrase, status, detail or phrase, instance, request_id)
-
-
-def _document(
-    slug: str, title: str, status: int, detail: str, instance: str, request_id: str
-) -> dict[str, Any]:
     return {
         # A relative reference (RFC 9457 3.1.1): this very service serves the page it points to.
-        "type": f"/problems/{slug}",
-        "title": title,
-        "status": status,
-        "detail": detail,
+        "type": f"/problems/{error.slug}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
         "instance": instance,
         "request_id": request_id,
     }
+
+
+def error_for_status(status: int) -> AppError:
+    """The error of this tree that a bare HTTP status means, as the web framework raises them."""
+    meant = {error.status: error for error in (InvalidRequest, NotFound, MethodNotAllowed, PayloadTooLarge)}
+    return meant.get(status, AppError)()
 
 
 def all_errors() -> list[type[AppError]]:

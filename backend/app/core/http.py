@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from backend.app.core.errors import (
     PROBLEM_CONTENT_TYPE,
     AppError,
+    InvalidParameters,
     InvalidRequest,
     PayloadTooLarge,
+    error_for_status,
     problem,
-    problem_for_status,
 )
 from backend.app.core.ids import new_id
 
@@ -113,22 +114,15 @@ def install_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        document = problem_for_status(
-            error.status_code,
-            detail=error.detail,
-            instance=request.url.path,
-            request_id=_request_id(request.scope),
-        )
-        return _json_response(document, dict(error.headers or {}))
+        meant = error_for_status(error.status_code)
+        meant.headers = dict(error.headers or {})
+        return problem_response(meant, request)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        document = problem_for_status(
-            422,
-            detail="The request has wrong or missing values; `errors` names them.",
-            instance=request.url.path,
-            request_id=_request_id(request.scope),
+        document = problem(
+            InvalidParameters(), instance=request.url.path, request_id=_request_id(request.scope)
         )
         # Where and what, but never the value: it may be a secret that was put into the wrong field.
         document["errors"] = [

@@ -149,7 +149,11 @@ class Decision:
 def decide(
     catalog: Catalog, state: State, event: Event, translation: Translation, *, now: datetime
 ) -> tuple[State, Decision]:
-    """The state after an event and everything that follows from it."""
+    """The state after an event and everything that follows from it.
+
+    What has occurred is in force, also where our clock is a little behind Stripe's.
+    """
+    now = max(now, event.occurred_at)
     state, tied = _with_ties(state, event, translation.ties)
     state, facts = _with_facts(state, event, translation.facts)
     touched = {source_id for source_id, _ in facts}

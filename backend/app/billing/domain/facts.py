@@ -144,6 +144,12 @@ def source_key(fact: SourceFact) -> str:
     return f"cs:{fact.session_id}"
 
 
+def prices_of(fact: SourceFact) -> tuple[PriceRef, ...]:
+    """The prices that a fact names."""
+    entries = fact.items if isinstance(fact, SubscriptionFact) else fact.lines
+    return tuple(entry.price for entry in entries)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tie:
     """An event's claim that a customer is a user. All claims are kept; the strongest, then the earliest, holds."""

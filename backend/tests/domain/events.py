@@ -1,0 +1,92 @@
+"""Events in memory: Stripe's objects translated and decided on, without a server or a database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from backend.app.billing.domain.catalog import Catalog, parse_catalog
+from backend.app.billing.domain.decide import Decision, Entitlement, State, decide, entitlement_of
+from backend.app.billing.domain.facts import SourceId
+from backend.app.billing.providers.stripe import translate
+from backend.app.billing.providers.stripe_event import StripeEvent, read_event
+from backend.app.main import SHIPPED_CATALOG
+from backend.app.simulator import objects
+
+Json = dict[str, Any]
+
+# A fixed Monday; pure code knows no other time than what it is handed.
+T0 = 1_764_000_000
+HOUR = 3600
+DAY = objects.DAY_SECONDS
+MONTH = objects.MONTH_SECONDS
+
+EMPTY = State(sources={}, ties={}, entitlements={})
+
+
+def shipped_catalog() -> Catalog:
+    return parse_catalog(SHIPPED_CATALOG.read_text(encoding="utf-8"))
+
+
+def at(seconds: float) -> datetime:
+    """The instant that many seconds after T0."""
+    return datetime.fromtimestamp(T0 + seconds, UTC)
+
+
+def event(event_id: str, event_type: str, content: Json, *, after: int = 0, **envelope: Any) -> StripeEvent:
+    """An event that occurred `after` seconds after T0."""
+    document = objects.event(event_id, event_type, content, created=T0 + after, **envelope)
+    return read_event(document, signed_at=at(after))
+
+
+def subscription(subscription_id: str = "sub_1", *, start: int = 0, months: int = 1, **rest: Any) -> Json:
+    """A subscription of `cus_1` whose paid time begins `start` seconds after T0."""
+    return objects.subscription(
+        subscription_id,
+        **{
+            "customer": "cus_1",
+            "period_start": T0 + start,
+            "period_end": T0 + start + months * MONTH,
+            "start_date": T0,
+            **rest,
+        },
+    )
+
+
+def decided(
+    catalog: Catalog, state: State, happened: StripeEvent, *, now: datetime
+) -> tuple[State, Decision]:
+    """What follows from an event that is translated."""
+    translation = translate(happened)
+    assert translation is not None
+    return decide(catalog, state, happened.envelope, translation, now=now)
+
+
+def folded(
+    catalog: Catalog, events: Iterable[StripeEvent], *, now: datetime
+) -> tuple[State, dict[str, str | None]]:
+    """The state after all events, each claimed once by its id, and the ledger: effect keys with their users."""
+    state = EMPTY
+    claimed: set[tuple[str, bool, str]] = set()
+    ledger: dict[str, str | None] = {}
+    for happened in events:
+        envelope = happened.envelope
+        name = (envelope.account, envelope.livemode, envelope.id)
+        if name in claimed:
+            continue
+        claimed.add(name)
+        state, decision = decided(catalog, state, happened, now=now)
+        for payment in decision.payments:
+            ledger.setdefault(payment.fact.effect_key, payment.user_id)
+    return state, ledger
+
+
+def owners(state: State) -> Mapping[SourceId, str | None]:
+    return {source.id: source.user_id for source in state.sources.values()}
+
+
+def access_of(catalog: Catalog, state: State, user_id: str, *, now: datetime) -> Entitlement:
+    """A user's access, computed anew from their sources."""
+    mine = [source for source in state.sources.values() if source.user_id == user_id]
+    return entitlement_of(catalog, user_id, mine, at=now)
