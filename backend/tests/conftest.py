@@ -1,6 +1,7 @@
 """Fixtures for every test: a fresh database on SQLite and on PostgreSQL, and an empty Valkey.
 
 A server starts with the first test that needs it, once per pytest process (under pytest-xdist: per worker).
+Every database, log and output of every test is searched for leaked card numbers and secrets: support/leaks.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import asyncpg  # type: ignore[import-untyped]  # the driver ships no types
@@ -17,6 +18,8 @@ import pytest
 
 from backend.app.core.database import Database
 from backend.app.core.migrations import migrate
+from backend.app.observability.metrics import get_metrics
+from backend.tests.support import leaks
 from backend.tests.support.billing import Harness, running_service
 from backend.tests.support.server_directory import work_directory
 from backend.tests.support.servers import PostgresServer, ValkeyServer
@@ -29,6 +32,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         server = PostgresServer.start(directory / "postgres")
         yield server
         server.stop()
+        leaks.require_none(leaks.scan_log(server.log_path))
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +52,7 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
         postgres_server.restart()
     name = f"test_{secrets.token_hex(8)}"
     yield postgres_server.create_database(name)
-    with contextlib.suppress(OSError, asyncpg.PostgresError):
-        postgres_server.drop_database(name)
+    _scan_and_drop(postgres_server, name)
 
 
 @pytest.fixture
@@ -99,8 +102,7 @@ def migrated_postgres_url(postgres_server: PostgresServer, migrated_postgres_tem
         postgres_server.restart()
     name = f"test_{secrets.token_hex(8)}"
     yield postgres_server.create_database(name, template=migrated_postgres_template)
-    with contextlib.suppress(OSError, asyncpg.PostgresError):
-        postgres_server.drop_database(name)
+    _scan_and_drop(postgres_server, name)
 
 
 @pytest.fixture
@@ -130,6 +132,52 @@ async def sqlite_service(migrated_sqlite_url: str) -> AsyncIterator[Harness]:
     """A running service on SQLite, for what does not depend on the kind of database."""
     async with running_service(migrated_sqlite_url) as harness:
         yield harness
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A test's own directory; the databases and logs in it are searched for leaks when the test has ended."""
+    yield tmp_path
+    leaks.require_none(leaks.scan_directory(tmp_path))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _metrics_without_leaks() -> Iterator[None]:
+    """Counters never lose a label, so the text at the end shows all that a run ever counted."""
+    yield
+    leaks.require_none(
+        [leaks.Finding("metrics", name) for name in leaks.leaks_in(get_metrics().render(), forms=True)]
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails a test whose output (the log of a service in this process, alerts without a channel) leaks."""
+    report = yield
+    if call.when == "teardown":
+        # The sections of all phases; a test may print secrets of its own making, but no plant.
+        findings = [
+            leaks.Finding(section.lower(), name)
+            for section, text in report.sections
+            for name in leaks.leaks_in(text, forms=False)
+        ]
+        leaks.forget_what_was_in_use()
+        if findings:
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: {leaks.LeakFound(findings)}"
+    return report
+
+
+def _scan_and_drop(server: PostgresServer, name: str) -> None:
+    if not server.running:
+        server.restart()
+    server.wait_ready()
+    findings = leaks.scan_postgres(server.url(name))
+    with contextlib.suppress(OSError, asyncpg.PostgresError):
+        server.drop_database(name)
+    leaks.require_none(findings)
 
 
 async def _migrate(url: str) -> None:

@@ -21,6 +21,7 @@ from backend.app.billing.security import sign
 from backend.app.core.api_keys import Scope
 from backend.app.core.settings import Settings
 from backend.app.main import Service, create_app
+from backend.tests.support.leaks import must_stay_secret
 
 WEBHOOK_SECRET = "whsec_test_0123456789abcdefghijklmnop"
 
@@ -53,13 +54,12 @@ class Harness:
     ) -> httpx.Response:
         """Posts an event as Stripe would: its bytes, signed now."""
         body = event if isinstance(event, bytes) else json.dumps(event).encode()
+        signature = sign(body, secret.encode(), timestamp=int(self.clock.now().timestamp()))
+        must_stay_secret(secret=secret, signature_header=signature)
         return await self.client.post(
             WEBHOOK_PATH,
             content=body,
-            headers={
-                "Content-Type": "application/json",
-                "Stripe-Signature": sign(body, secret.encode(), timestamp=int(self.clock.now().timestamp())),
-            },
+            headers={"Content-Type": "application/json", "Stripe-Signature": signature},
         )
 
     async def rows(self, sql: str, **parameters: Any) -> list[dict[str, Any]]:

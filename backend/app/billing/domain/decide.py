@@ -149,11 +149,7 @@ class Decision:
 def decide(
     catalog: Catalog, state: State, event: Event, translation: Translation, *, now: datetime
 ) -> tuple[State, Decision]:
-    """The state after an event and everything that follows from it.
-
-    What has occurred is in force, also where our clock is a little behind Stripe's.
-    """
-    now = max(now, event.occurred_at)
+    """The state after an event and everything that follows from it."""
     state, tied = _with_ties(state, event, translation.ties)
     state, facts = _with_facts(state, event, translation.facts)
     touched = {source_id for source_id, _ in facts}
@@ -324,7 +320,9 @@ def _with_entitlements(
     changes: list[EntitlementChange] = []
     for user_id in sorted(users):
         owned = [source for source in state.sources.values() if source.user_id == user_id]
-        after = entitlement_of(catalog, user_id, owned, at=now)
+        # What has occurred is in force, also where our clock is a little behind Stripe's.
+        at = max([now, *(fact.as_of for source in owned for fact in source.facts)])
+        after = entitlement_of(catalog, user_id, owned, at=at)
         before = entitlements.get(user_id)
         kind = _kind_of_change(catalog, before, after)
         if kind is None:
