@@ -87,6 +87,7 @@ def owners(state: State) -> Mapping[SourceId, str | None]:
 
 
 def access_of(catalog: Catalog, state: State, user_id: str, *, now: datetime) -> Entitlement:
-    """A user's access, computed anew from their sources."""
+    """A user's access, computed anew from their sources; what has occurred is in force."""
     mine = [source for source in state.sources.values() if source.user_id == user_id]
-    return entitlement_of(catalog, user_id, mine, at=now)
+    newest = max([now, *(fact.as_of for source in mine for fact in source.facts)])
+    return entitlement_of(catalog, user_id, mine, at=newest)
