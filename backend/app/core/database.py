@@ -251,3 +251,8 @@ def _prepare_sqlite(engine: AsyncEngine) -> None:
         read_only = connection.get_execution_options().get("sqlite_read_only", False)
         # IMMEDIATE takes the write lock first; a deferred one could fail half-way with "database is locked".
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    @sa.event.listens_for(engine.sync_engine, "invalidate")
+    def on_invalidate(dbapi_connection: Any, _record: Any, _error: BaseException | None) -> None:
+        # A cancelled statement may outlive close() in a traceback, and with it the write lock of its transaction.
+        dbapi_connection.rollback()
