@@ -31,8 +31,8 @@ LOCK_WAIT_SECONDS = 5
 STATEMENT_SECONDS_MAX = 7
 # A refused or silent server is told to the sender at once: it will deliver again.
 CONNECT_SECONDS_MAX = 3
-# Excess load gets its 503 quickly instead of queueing for the deadline.
-POOL_WAIT_SECONDS = 2
+# A burst waits its turn; what could not begin by then would miss the delivery's deadline of 8 s anyway.
+POOL_WAIT_SECONDS = 5
 # More connections do not make two cores faster; PostgreSQL's default limit of 100 is shared by workers.
 POOL_CONNECTIONS_MAX = 10
 
