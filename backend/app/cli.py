@@ -174,8 +174,8 @@ def send(file: BinaryIO, url: str, secret: str | None, as_json: bool) -> None:
             status, headers, answer = response.status, dict(response.headers), response.read()
     except urllib.error.HTTPError as error:
         status, headers, answer = error.code, dict(error.headers), error.read()
-    except (OSError, http.client.HTTPException) as error:
-        _bad(f"can't reach {url}: {error}")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        _bad(f"can't reach the service: {error}")
     text = answer.decode("utf-8", "replace")
     if as_json:
         click.echo(json.dumps({"status": status, "headers": headers, "body": text}))

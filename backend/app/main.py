@@ -137,6 +137,8 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # Stripe follows no redirects: a wrong address must say so.
+        redirect_slashes=False,
     )
     app.state.service = service
     app.state.idempotency_store = service.idempotency_store

@@ -177,12 +177,24 @@ def async_url(database_url: str) -> URL:
         raise ValueError("DATABASE_URL: not a database URL") from None
     backend = url.get_backend_name()
     if backend in ("postgresql", "postgres"):
-        return url.set(drivername="postgresql+asyncpg")
+        return _for_asyncpg(url)
     if backend == "sqlite":
         if url.database in (None, "", ":memory:"):
             raise ValueError("DATABASE_URL: an in-memory SQLite would forget payments; name a file")
         return url.set(drivername="sqlite+aiosqlite")
     raise ValueError(f"DATABASE_URL: {backend} is not supported; use sqlite:///path or postgresql://...")
+
+
+def _for_asyncpg(url: URL) -> URL:
+    """A PostgreSQL URL as the driver wants it; hosted databases hand out libpq's spelling of parameters."""
+    query = dict(url.query)
+    for name in query.keys() - {"sslmode", "host", "port"}:
+        raise ValueError(
+            f"DATABASE_URL: the parameter {name} is not supported; known are sslmode, host, port"
+        )
+    if "sslmode" in query:
+        query["ssl"] = query.pop("sslmode")
+    return url.set(drivername="postgresql+asyncpg", query=query)
 
 
 async def database_now(tx: Tx) -> datetime:

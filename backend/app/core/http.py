@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -26,6 +27,8 @@ from backend.app.core.ids import new_id
 
 # What a proxy in front may hand us; anything else could forge log lines.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+# Stripe sends a body in one go; who trickles one in holds a connection and nothing else.
+BODY_SECONDS_MAX = 10.0
 # RFC 9457 allows more members; these few of a long list of wrong fields are enough to mend a request.
 VALIDATION_ERRORS_MAX = 10
 
@@ -87,7 +90,15 @@ class BodyLimit:
 
 
 async def read_body(receive: Receive) -> bytes:
-    """The whole body of a request whose size `BodyLimit` bounds; InvalidRequest when the client goes away."""
+    """The whole body of a request whose size `BodyLimit` bounds; InvalidRequest when it does not come."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            return await _read_chunks(receive)
+    except TimeoutError as error:
+        raise InvalidRequest("The body did not arrive in time.") from error
+
+
+async def _read_chunks(receive: Receive) -> bytes:
     chunks: list[bytes] = []
     while True:
         message = await receive()
