@@ -123,8 +123,10 @@ def _masked_string(content: bytes, *, brands_only: bool) -> bytes:
     if len(content) < CARD_DIGITS_MIN or not _may_need_masking(content):
         return content
     text, offsets = _unescaped(content)
-    spans = [(start, end, CARD_MASK) for start, end in _card_spans(text, brands_only=brands_only)]
-    spans += [(*found.span(), SECRET_MASK) for found in _SECRET.finditer(text)]
+    secrets = [(*found.span(), SECRET_MASK) for found in _SECRET.finditer(text)]
+    # What holds a secret or a card number is no identifier, and gets no identifier's benefit of the doubt.
+    doubt = brands_only and not secrets and next(_card_spans(text, brands_only=True), None) is None
+    spans = secrets + [(start, end, CARD_MASK) for start, end in _card_spans(text, brands_only=doubt)]
     edits: list[_Edit] = []
     for start, end, mask in _merged(spans):
         edits.append((offsets[start], offsets[end], mask.encode("ascii")))
