@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Each test process starts servers of its own; beyond four they only wait for each other.
 TEST_PROCESSES_MAX ?= 4
 
-.PHONY: help install demo test test-long check bench serve fmt lock
+.PHONY: help install demo test test-long mutants check bench serve fmt lock
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,6 +26,9 @@ test: $(STAMP) ## run all tests, on SQLite and on a real PostgreSQL and Valkey
 
 test-long: $(STAMP) ## run the fault, fuzz and soak tests in their full length
 	$(BIN)/pytest -m long --timeout 7200
+
+mutants: $(STAMP) ## break the product on purpose, way by way, and check that the tests notice
+	$(BIN)/python -m tools.mutants
 
 check: $(STAMP) ## lint, types, import rules, documents and lock file in step
 	$(BIN)/ruff check
@@ -47,6 +50,7 @@ fmt: $(STAMP) ## format the code and write the generated parts of the documents
 	$(BIN)/ruff check --fix
 	$(BIN)/python -m tools.docs
 
-lock: $(STAMP) ## resolve pyproject.toml into requirements.lock
+lock: ## resolve pyproject.toml into requirements.lock
+	@test -x $(BIN)/uv || $(MAKE) --no-print-directory install
 	$(BIN)/uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \
 		--no-emit-find-links --extra dev -q -o requirements.lock pyproject.toml

@@ -21,12 +21,13 @@ from pydantic import SecretStr
 from sqlalchemy.dialects import postgresql
 from starlette.routing import Route
 
-from backend.app.billing.providers.stripe import TRANSLATORS
+from backend.app.billing.providers.registry import translators
 from backend.app.core import errors
 from backend.app.core.database import metadata
 from backend.app.core.settings import Settings
 from backend.app.main import create_app
 from backend.app.observability.metrics import MetricsCollector
+from backend.tests.domain import situations
 from tools.source_comments import constant_comment, table_comments
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def routes_part() -> str:
         if isinstance(route, Route)
         for method in sorted((route.methods or set()) - {"HEAD"})
     ]
-    return _table(("Route", "What it answers"), sorted(set(rows), key=lambda row: row[0].split()[1]))
+    return _table(("Route", "What it answers"), sorted(set(rows), key=lambda row: row[0].split()[::-1]))
 
 
 def problems_part() -> str:
@@ -110,7 +111,7 @@ def problems_part() -> str:
 def events_part() -> str:
     """Every handled event type, by the function that translates it."""
     types: dict[Callable[..., object], list[str]] = {}
-    for event_type, translator in TRANSLATORS.items():
+    for event_type, translator in translators().items():
         types.setdefault(translator, []).append(event_type)
     return _table(
         ("Event types", "What they become"),
@@ -178,6 +179,15 @@ def bounds_part() -> str:
     )
 
 
+def situations_part() -> str:
+    """Every situation with what comes of it, as the tests tell them."""
+    sections: dict[str, list[Sequence[str]]] = {}
+    for section, *row in situations.table():
+        sections.setdefault(section, []).append(row)
+    head = ("Situation", "What comes of it", "Policy or test")
+    return "\n".join(f"## {name}\n\n{_table(head, rows)}" for name, rows in sections.items())
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings_part,
     "routes": routes_part,
@@ -186,6 +196,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tables": tables_part,
     "metrics": metrics_part,
     "bounds": bounds_part,
+    "situations": situations_part,
 }
 
 

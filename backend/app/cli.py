@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import http.client
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -15,13 +17,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import click
+import httpx2 as httpx
 import uvicorn
 from pydantic import ValidationError
 
-from backend.app.billing.routes import WEBHOOK_PATH
+from backend.app.billing.catalog_diff import CatalogDiff, compare_catalogs
+from backend.app.billing.domain.catalog import Catalog, CatalogError, parse_catalog
+from backend.app.billing.entitlements import EntitlementService, entitlement_document, is_user_id
+from backend.app.billing.explain import Explanation, explanation_document, explanation_text
+from backend.app.billing.explain import explain as explanation_of
+from backend.app.billing.rebuild import Rebuild, Report
+from backend.app.billing.routes import WEBHOOK_PATH, read_instant
 from backend.app.billing.security import sign
 from backend.app.core.api_keys import ApiKeys, Scope
 from backend.app.core.clock import SystemClock
@@ -31,8 +41,14 @@ from backend.app.core.migrations import is_current, migrate
 from backend.app.core.settings import Settings
 from backend.app.demo.deployment import DemoFailed
 from backend.app.demo.run import run_demo
-from backend.app.main import create_app, load_catalog, open_redis, open_secrets
+from backend.app.main import SHIPPED_CATALOG, create_app, load_catalog, open_redis, open_secrets
 from backend.app.observability.logs import configure_logging
+from backend.app.simulator.delivery import Network
+from backend.app.simulator.objects import DAY_SECONDS
+from backend.app.simulator.runner import Report as Simulation
+from backend.app.simulator.runner import Target, explained, run_against, run_in_memory
+from backend.app.simulator.truth import read_terms
+from backend.app.simulator.world import START, Generation, Plan
 
 # Longer than a delivery's deadline, so that what is in flight at a stop is finished and answered.
 STOP_SECONDS_MAX = 15
@@ -182,6 +198,245 @@ def send(file: BinaryIO, url: str, secret: str | None, as_json: bool) -> None:
     else:
         click.echo(f"{status} {text}")
     sys.exit(0 if status < 300 else 1)  # noqa: PLR2004  # HTTP's successes
+
+
+@main.command()
+@click.argument("user")
+@click.option("--at", metavar="T", help="An RFC 3339 instant, as 2026-11-23T07:30:00Z; default: now.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the API answers with explain=true.")
+def explain(user: str, at: str | None, as_json: bool) -> None:
+    """Say what USER may do, why, and what changes next."""
+    if not is_user_id(user):
+        _wrong_use("USER is no user's id")
+    try:
+        instant = read_instant(at) if at is not None else None
+        catalog = load_catalog(_settings())
+    except ValueError as error:
+        _wrong_use(str(error))
+
+    async def work(database: Database) -> Explanation:
+        if not await is_current(database):
+            raise ValueError("the database has not this version's schema; run `tollkeeper migrate` first")
+        view, evidence = await EntitlementService(database, catalog).view_with_evidence(user, at=instant)
+        return explanation_of(catalog, view, evidence)
+
+    explanation = _with_database(work)
+    if as_json:
+        document = {
+            **entitlement_document(explanation.view),
+            "explanation": explanation_document(explanation),
+        }
+        click.echo(json.dumps(document))
+        return
+    click.echo(explanation_text(explanation))
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Compare only: exit 1 if anything differs, change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def rebuild(check: bool, as_json: bool) -> None:
+    """Recompute everything that follows from events out of the stored ones, and correct what differs."""
+    settings = _settings()
+
+    async def work(database: Database) -> Report:
+        rebuilt = Rebuild(
+            database,
+            load_catalog(settings),
+            clock=SystemClock(),
+            livemode=settings.livemode,
+            progress=_show_progress,
+        )
+        return await (rebuilt.check() if check else rebuilt.run())
+
+    report = _with_database(work)
+    _end_progress()
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "events": report.events,
+                    "difference_count": report.difference_count,
+                    "corrected": not check and report.difference_count > 0,
+                    "differences": [difference.document() for difference in report.differences],
+                }
+            )
+        )
+    else:
+        for difference in report.differences:
+            shown = difference.document()
+            name = "/".join(str(part) for part in shown["key"])
+            click.echo(
+                f"{shown['table']} {name} {shown['column'] or 'row'}: "
+                f"stored {json.dumps(shown['stored'])}, recomputed {json.dumps(shown['recomputed'])}"
+            )
+        hidden = report.difference_count - len(report.differences)
+        if hidden:
+            click.echo(f"... and {hidden} more")
+        verb = "differ" if check else "differed and were corrected"
+        click.echo(f"{report.events} events replayed; {report.difference_count} values {verb}.")
+    sys.exit(1 if check and report.difference_count else 0)
+
+
+@main.group()
+def catalog() -> None:
+    """The catalog of plans, features, prices and policy."""
+
+
+@catalog.command("check")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def check_catalog(file: Path, as_json: bool) -> None:
+    """Say whether FILE can be used as a catalog, and if not, where it is wrong."""
+    problem = None
+    try:
+        found = _read_catalog(file)
+    except ValueError as error:
+        problem = str(error)
+    if as_json:
+        click.echo(json.dumps({"valid": problem is None, "error": problem}))
+    elif problem is None:
+        click.echo(f"{file} is valid: {len(found.plans)} plans, {len(found.features)} features.")
+    if problem is not None:
+        _bad(problem)
+
+
+@catalog.command("diff")
+@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the differences as JSON.")
+def diff_catalogs(old: Path, new: Path, as_json: bool) -> None:
+    """Say what every present user would gain or lose if NEW took the place of OLD; change nothing."""
+
+    async def work(database: Database) -> CatalogDiff:
+        return await compare_catalogs(
+            database,
+            _read_catalog(old),
+            _read_catalog(new),
+            now=SystemClock().now(),
+            progress=lambda done: _show_progress("comparing users", done, 0),
+        )
+
+    diff = _with_database(work)
+    _end_progress()
+    document = diff.document()
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        for group in document["groups"]:
+            more = " ..." if group["count"] > len(group["users"]) else ""
+            click.echo(
+                f"{group['direction']}: {group['count']} users, {group['what']}: {json.dumps(group['before'])} -> "
+                f"{json.dumps(group['after'])} ({', '.join(group['users'])}{more})"
+            )
+        click.echo(f"{document['users_changed']} of {document['users']} users would see a difference.")
+    sys.exit(1 if diff.users_changed else 0)
+
+
+@main.command()
+@click.option("--users", default=200, show_default=True, type=click.IntRange(1, 1_000_000))
+@click.option(
+    "--days", default=150, show_default=True, type=click.IntRange(1, 3_650), help="Of virtual time."
+)
+@click.option("--seed", type=click.IntRange(0), help="Default: one at random, which is printed.")
+@click.option("--url", help="A running service, such as http://127.0.0.1:8000. Default: in memory.")
+@click.option("--secret", help="Signs the events. Default: the first of STRIPE_WEBHOOK_SECRET.")
+@click.option("--key", help="A key of scope read; needed with --url.")
+@click.option("--duplicates", default=0.2, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--disorder", default=0.3, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--delay", default=0.05, show_default=True, type=click.FloatRange(0, 1))
+@click.option(
+    "--loss", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Sent again at the end."
+)
+@click.option(
+    "--shape", default="mixed", show_default=True, type=click.Choice([one.value for one in Generation])
+)
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Deliveries per second at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def simulate(
+    users: int,
+    days: int,
+    seed: int | None,
+    url: str | None,
+    secret: str | None,
+    key: str | None,
+    duplicates: float,
+    disorder: float,
+    delay: float,
+    loss: float,
+    shape: str,
+    rate: float | None,
+    as_json: bool,
+) -> None:
+    """Play a Stripe of our own against the service, and compare its answers with what should be in force."""
+    settings = _settings()
+    try:
+        catalog = load_catalog(settings)
+        file = settings.catalog_file or SHIPPED_CATALOG
+        plan = Plan(
+            seed=secrets.randbelow(1_000_000) if seed is None else seed,
+            start=START if url is None else int(time.time()) - days * DAY_SECONDS,
+            days=days,
+            terms=read_terms(file.read_text(encoding="utf-8")),
+            generation=Generation(shape),
+        )
+        if url is not None and secret is None:
+            secret = open_secrets(settings).current()[0].key.decode("ascii")
+    except ValueError as error:
+        _wrong_use(str(error))
+    network = Network(duplicates=duplicates, disorder=disorder, delay=delay, loss=loss)
+    if url is None:
+        report = run_in_memory(plan, users, network, catalog, _show_progress)
+    else:
+        if not url.startswith(("http://", "https://")):
+            _wrong_use("--url must begin with http:// or https://")
+        if key is None or secret is None:
+            _wrong_use("--url needs --key, too: `tollkeeper keys create --name simulate --scope read`")
+        report = asyncio.run(_simulate_against(url, secret, key, rate, plan, users, network))
+    _end_progress()
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(report), "equal": not report.differences}))
+    else:
+        click.echo(
+            f"seed {report.seed}: {report.users} users, {report.events} events in {report.deliveries} deliveries, "
+            f"{report.questions} answers compared, {len(report.differences)} differences"
+        )
+        for line in explained(report.differences, plan, users):
+            click.echo(line)
+    sys.exit(1 if report.differences else 0)
+
+
+async def _simulate_against(
+    url: str, secret: str, key: str, rate: float | None, plan: Plan, users: int, network: Network
+) -> Simulation:
+    async with httpx.AsyncClient(base_url=url) as client:
+        target = Target(client=client, secret=secret, api_key=key, clock=SystemClock(), rate=rate)
+        try:
+            return await run_against(plan, users, network, target, _show_progress)
+        except httpx.HTTPError as error:
+            _bad(f"the service gave no answer to compare: {error}")
+
+
+def _read_catalog(path: Path) -> Catalog:
+    """A catalog by its path; ValueError names the file and the place in it."""
+    try:
+        return parse_catalog(path.read_text(encoding="utf-8"))
+    except CatalogError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror}") from error
+
+
+def _show_progress(stage: str, done: int, total: int) -> None:
+    """One line that is written over, on a terminal only."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{stage}: {done}{f' of {total}' if total else ''}", nl=False, err=True)
+
+
+def _end_progress() -> None:
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[K", nl=False, err=True)
 
 
 def _settings() -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,8 +18,15 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from backend.app.billing import store
+from backend.app.billing.admin_routes import claim_routes, grant_routes, reprocess_routes
+from backend.app.billing.claims import Claims
 from backend.app.billing.domain.catalog import Catalog, CatalogError, parse_catalog
 from backend.app.billing.entitlements import EntitlementService
+from backend.app.billing.grants import Grants
+from backend.app.billing.list_routes import list_routes
+from backend.app.billing.ofrep import ofrep_routes
+from backend.app.billing.parked import StoredEvents
+from backend.app.billing.reread import REREAD, Rereader
 from backend.app.billing.routes import WEBHOOK_PATH, WebhookEndpoint, entitlement_routes
 from backend.app.billing.security import (
     REDIS_CALL_SECONDS_MAX,
@@ -26,6 +34,7 @@ from backend.app.billing.security import (
     WebhookReplayProtection,
     WebhookSecurityValidator,
 )
+from backend.app.billing.stripe_api import StripeApi
 from backend.app.billing.webhooks import BillingWebhooks
 from backend.app.core.api_keys import ApiKeys, Principal, Scope
 from backend.app.core.clock import Clock, SystemClock
@@ -51,12 +60,16 @@ class Service:
     clock: Clock
     database: Database
     redis: redis.asyncio.Redis | None
+    stripe_api: StripeApi | None
     catalog: Catalog
     alerts: OwnerAlerts
     relay: Relay
     metrics: MetricsCollector
     webhooks: BillingWebhooks
     entitlements: EntitlementService
+    grants: Grants
+    claims: Claims
+    stored_events: StoredEvents
     api_keys: ApiKeys
     idempotency_store: IdempotencyStore
 
@@ -72,6 +85,7 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Service:
     database = Database.open(settings.database_url)
     redis_client = open_redis(settings.redis_url) if settings.redis_url else None
     alerts = OwnerAlerts(settings.alert_urls.get_secret_value())
+    api = open_stripe_api(settings)
     relay = Relay(database, {OWNER_ALERT: alerts.deliver})
     catalog = load_catalog(settings)
     replay_memory = (
@@ -93,18 +107,27 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Service:
         metrics=metrics,
         clock=clock,
         livemode=settings.livemode,
+        rereads=api is not None,
     )
+    if api is not None:
+        relay.handle(REREAD, Rereader(api, webhooks.take_read).deliver)
     return Service(
         settings=settings,
         clock=clock,
         database=database,
         redis=redis_client,
+        stripe_api=api,
         catalog=catalog,
         alerts=alerts,
         relay=relay,
         metrics=metrics,
         webhooks=webhooks,
         entitlements=EntitlementService(database, catalog),
+        grants=Grants(
+            database=database, catalog=catalog, webhooks=webhooks, clock=clock, livemode=settings.livemode
+        ),
+        claims=Claims(database=database, webhooks=webhooks, clock=clock, livemode=settings.livemode),
+        stored_events=StoredEvents(database=database, webhooks=webhooks, clock=clock),
         api_keys=ApiKeys(database, clock),
         idempotency_store=SqlStore(database),
     )
@@ -126,6 +149,8 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
             await service.relay.stop()
             install_owner_alerts(None)
             await service.alerts.close()
+            if service.stripe_api is not None:
+                await service.stripe_api.close()
             if service.redis is not None:
                 await service.redis.aclose()
             await service.database.close()
@@ -154,9 +179,29 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
     async def needs_read_key(request: Request) -> Principal:
         principal = await service.api_keys.authenticate(request.headers.get("authorization"), Scope.READ)
         request.state.caller = principal.key_id
+        request.state.actor = f"key:{principal.name}"
+        return principal
+
+    async def needs_admin_key(request: Request) -> Principal:
+        principal = await service.api_keys.authenticate(request.headers.get("authorization"), Scope.ADMIN)
+        request.state.caller = principal.key_id
+        request.state.actor = f"key:{principal.name}"
+        return principal
+
+    async def needs_ofrep_key(request: Request) -> Principal:
+        # OFREP's clients may send a key in either way.
+        key = request.headers.get("x-api-key")
+        authorization = request.headers.get("authorization") or (f"Bearer {key}" if key else None)
+        principal = await service.api_keys.authenticate(authorization, Scope.READ)
+        request.state.caller = principal.key_id
         return principal
 
     app.include_router(entitlement_routes(service.entitlements, needs_read_key))
+    app.include_router(grant_routes(service.grants, service.clock, needs_read_key, needs_admin_key))
+    app.include_router(claim_routes(service.claims, needs_read_key, needs_admin_key))
+    app.include_router(reprocess_routes(service.stored_events, needs_admin_key))
+    app.include_router(list_routes(service.database, service.stored_events, needs_read_key))
+    app.include_router(ofrep_routes(service.entitlements, needs_ofrep_key))
     app.include_router(
         health_routes(
             database_check=lambda: _check_database(service.database),
@@ -190,6 +235,20 @@ def open_secrets(settings: Settings) -> SecretSource:
     return SecretSource.from_text(
         settings.stripe_webhook_secret.get_secret_value(), livemode=settings.livemode
     )
+
+
+def open_stripe_api(settings: Settings) -> StripeApi | None:
+    """A client for reads, where a key is set; ValueError for a key of the other mode, which would read other data."""
+    key = settings.stripe_secret_key.get_secret_value().strip()
+    if not key:
+        return None
+    if not re.match(rf"(sk|rk)_{settings.stripe_mode}_", key):
+        raise ValueError(
+            f"STRIPE_SECRET_KEY: a {settings.stripe_mode} key is needed: sk_{settings.stripe_mode}_..."
+        )
+    if not settings.stripe_api_base.startswith(("https://", "http://127.0.0.1", "http://localhost")):
+        raise ValueError("STRIPE_API_BASE: https is needed; plain http only on loopback")
+    return StripeApi(secret_key=key, api_base=settings.stripe_api_base)
 
 
 def open_redis(url: str) -> redis.asyncio.Redis:

@@ -234,7 +234,7 @@ def test_every_check_holds_on_what_really_happened(evidence: Evidence) -> None:
             INSERT INTO payment_events
             SELECT 'copy', stripe_event_id, user_id, event_type, plan_code, customer_id, 'in_copy',
               subscription_id, amount, currency, settled, metadata, account, livemode, 'in:copy',
-              occurred_at, created_at
+              subject_key, occurred_at, created_at
             FROM payment_events WHERE invoice_id = 'in_dan_1'
             """,
             "each piece of money",

@@ -1,29 +1,72 @@
-"""The read side: what a user may do now, computed from their sources at the moment of the question.
+"""The read side: what a user may do, computed from their sources for the instant of the question.
 
-Expiry is computed when it is read, so no timer can forget to revoke.
+Expiry is computed when it is read, so no timer can forget to revoke. Why it is so: explain.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import sqlalchemy as sa
+
+from backend.app.audit.models import AuditLog, audit_logs
 from backend.app.billing import store
-from backend.app.billing.domain.access import Reading, Source, read_source
-from backend.app.billing.domain.catalog import Catalog
-from backend.app.billing.domain.decide import Entitlement, entitlement_of
+from backend.app.billing.domain.access import Access, Reading
+from backend.app.billing.domain.catalog import Catalog, Feature, FeatureType
+from backend.app.billing.domain.facts import FeatureValue, SubjectId
+from backend.app.billing.domain.merge import Entitlement, entitlement_of, feature_value, live_accesses
+from backend.app.billing.domain.state import State
+from backend.app.billing.models import PaymentEvent, entitlement_history, payment_events
+from backend.app.billing.providers.fields import ID_CHARACTERS_MAX
 from backend.app.core.clock import iso
-from backend.app.core.database import Database, database_now
+from backend.app.core.database import Database, Tx, database_now
+from backend.app.core.errors import NotFound
+from backend.app.core.pages import PageRequest
+
+# An explanation is read by a person; who wants every row of ten years has the lists of payments and audit rows.
+EVIDENCE_ROWS_MAX = 200
+
+# The `reason` of a value that everybody has.
+DEFAULT_PLAN_REASON = "default_plan"
+
+_HISTORY = "entitlement_history"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CurrentAccess:
-    """A user's entitlement at an instant and what each of their sources comes to."""
+class View:
+    """A user's entitlement at an instant, and all that it was computed from."""
 
     entitlement: Entitlement
-    sources: tuple[tuple[Source, Reading], ...]
+    state: State
+    readings: tuple[tuple[SubjectId, Reading], ...]
     at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureCheck:
+    """One feature's value for a user, and why.
+
+    `granted`: a boolean that is true, a limit above 0, a level above the lowest. `givers` are the accesses
+    without which the value would be another, the one that lasts longest first; `reason` is the rule of that
+    one, or `default_plan` where the value is what everybody has.
+    """
+
+    key: str
+    value: FeatureValue
+    granted: bool
+    reason: str
+    givers: tuple[Access, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """The ledger lines and audit rows behind a user's sources, the newest first."""
+
+    payments: tuple[PaymentEvent, ...]
+    audit: tuple[AuditLog, ...]
 
 
 class EntitlementService:
@@ -31,34 +74,188 @@ class EntitlementService:
 
     def __init__(self, database: Database, catalog: Catalog) -> None:
         self._database = database
-        self._catalog = catalog
+        self.catalog = catalog
 
-    async def current(self, user_id: str) -> CurrentAccess:
-        """What a user may do now; a user nobody has heard of has the default plan."""
+    async def view(self, user_id: str, *, at: datetime | None = None) -> View:
+        """What a user may do now, or what was in force at an instant by all that is known today.
+
+        A user nobody has heard of has the default plan. `version` is that of the stored row, which an
+        instant in the past does not change.
+        """
         async with self._database.snapshot() as tx:
-            now = await database_now(tx)
-            sources = await store.load_sources_of_user(tx, user_id)
-            # What has occurred is in force, also where this clock is a little behind Stripe's.
-            now = max([now, *(fact.as_of for source in sources for fact in source.facts)])
-            row = await store.load_entitlement(tx, user_id)
+            return await self._view(tx, user_id, at)
+
+    async def view_with_evidence(self, user_id: str, *, at: datetime | None = None) -> tuple[View, Evidence]:
+        """The same, with the rows that an explanation names."""
+        async with self._database.snapshot() as tx:
+            view = await self._view(tx, user_id, at)
+            return view, await _load_evidence(tx, user_id, view)
+
+    async def check(self, user_id: str, key: str, *, at: datetime | None = None) -> FeatureCheck:
+        """One feature's value; NotFound for a feature that the catalog does not have."""
+        if key not in self.catalog.features:
+            raise NotFound("The catalog has no such feature.")
+        return check_feature(self.catalog, await self.view(user_id, at=at), key)
+
+    async def history(self, user_id: str, request: PageRequest) -> dict[str, Any]:
+        """A page of every change a user's entitlements went through, the newest first; nothing for an unknown user.
+
+        Raises:
+            InvalidRequest: the cursor is none of this list's.
+        """
+        columns = entitlement_history.c
+        # The row after the last one shown tells which plan that one replaced.
+        statement = (
+            sa.select(entitlement_history)
+            .where(columns.user_id == user_id)
+            .order_by(columns.version.desc())
+            .limit(request.rows_max)
+        )
+        after = request.after(_HISTORY, int)
+        if after is not None:
+            statement = statement.where(columns.version < after[0])
+        async with self._database.snapshot() as tx:
+            rows = [dict(row) for row in (await tx.execute(statement)).mappings()]
+        plans_before = [*(row["plan_code"] for row in rows[1:]), None]
+        # An empty list has one plan too many.
+        for row, plan_code_before in zip(rows, plans_before, strict=False):
+            row["plan_code_before"] = plan_code_before
+        return request.page(_HISTORY, rows, place=lambda row: (row["version"],), document=_history_document)
+
+    async def _view(self, tx: Tx, user_id: str, at: datetime | None) -> View:
+        state = await store.load_state_of_user(tx, user_id, until=at)
+        row = await store.load_entitlement(tx, user_id)
+        now = await database_now(tx)
+        # What has occurred is in force, also where this clock is a little behind Stripe's.
+        instant = at or max(now, state.newest_as_of(user_id) or now)
+        readings = tuple(
+            (source_id, reading)
+            for source_id in sorted(state.sources)
+            if (reading := state.reading(self.catalog, source_id)) is not None
+        )
         entitlement = entitlement_of(
-            self._catalog,
+            self.catalog,
             user_id,
-            sources,
-            at=now,
+            [reading for _, reading in readings],
+            at=instant,
             version=row.version if row else 0,
             activated_at=row.activated_at if row else None,
         )
-        readings = tuple(
-            (source, read_source(self._catalog, source))
-            for source in sorted(sources, key=lambda source: source.id)
+        return View(entitlement=entitlement, state=state, readings=readings, at=instant)
+
+
+def check_feature(catalog: Catalog, view: View, key: str) -> FeatureCheck:
+    """One feature of the catalog, as a view has it."""
+    live = live_accesses((reading for _, reading in view.readings), view.at)
+    value, found = feature_value(catalog, key, live)
+    rests_on_default = value == catalog.default_plan.features[key] and not any(
+        access.is_override for access in found
+    )
+    givers = () if rests_on_default else tuple(sorted(found, key=_lasting, reverse=True))
+    return FeatureCheck(
+        key=key,
+        value=value,
+        granted=is_granted(catalog.features[key], value),
+        reason=givers[0].rule if givers else DEFAULT_PLAN_REASON,
+        givers=givers,
+    )
+
+
+def is_granted(feature: Feature, value: FeatureValue) -> bool:
+    """Whether a value lets anything happen: true, a limit above 0, a level above the lowest."""
+    if feature.type is FeatureType.LEVEL:
+        return value != feature.levels[0]
+    return bool(value)
+
+
+def is_user_id(text: str) -> bool:
+    """Whether a text can be a user's id: of a bounded length, and one that a database can keep."""
+    if not 0 < len(text) <= ID_CHARACTERS_MAX or "\x00" in text:
+        return False
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_document(check: FeatureCheck) -> dict[str, Any]:
+    """The JSON answer to `GET /api/v1/entitlements/{user_id}/{feature}`."""
+    return {
+        "feature": check.key,
+        "value": check.value,
+        "granted": check.granted,
+        "reason": check.reason,
+    }
+
+
+def _lasting(access: Access) -> tuple[bool, float, SubjectId, str]:
+    """Sorts what lasts longest last."""
+    end = access.ends_at
+    return end is None, end.timestamp() if end else 0.0, access.source, access.part
+
+
+async def _load_evidence(tx: Tx, user_id: str, view: View) -> Evidence:
+    """What was written about the events, objects and payments of a user's sources, as far as the view reaches."""
+    subjects = view.state.below(view.state.sources)
+    event_ids = {
+        fact.event_id for source_id in view.state.sources for fact in view.state.source(source_id).facts
+    }
+    lines = payment_events.c
+    found = await tx.execute(
+        sa.select(payment_events)
+        .where(
+            lines.user_id == user_id,
+            sa.or_(
+                lines.subject_key.in_({subject.key for subject in subjects}),
+                lines.stripe_event_id.in_(event_ids),
+            ),
+            lines.occurred_at <= view.at,
         )
-        return CurrentAccess(entitlement=entitlement, sources=readings, at=now)
+        .order_by(lines.occurred_at.desc(), lines.id.desc())
+        .limit(EVIDENCE_ROWS_MAX)
+    )
+    payments = tuple(PaymentEvent(**row) for row in found.mappings())
+    rows = audit_logs.c
+    written = await tx.execute(
+        sa.select(*(column for column in audit_logs.c if column.name in AuditLog.__dataclass_fields__))
+        .where(
+            rows.user_id == user_id,
+            sa.or_(
+                rows.actor.in_({f"stripe:{event_id}" for event_id in event_ids}),
+                rows.resource_id.in_(
+                    {line.id for line in payments} | {source_id.object_id for source_id in view.state.sources}
+                ),
+            ),
+        )
+        .order_by(rows.created_at.desc(), rows.id.desc())
+        .limit(EVIDENCE_ROWS_MAX)
+    )
+    return Evidence(payments=payments, audit=tuple(AuditLog(**row) for row in written.mappings()))
 
 
-def entitlement_document(current: CurrentAccess) -> dict[str, Any]:
+def _history_document(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "version": row["version"],
+        "change": row["change"],
+        "plan_code_before": row["plan_code_before"],
+        "plan_code": row["plan_code"],
+        "entitlements": row["entitlements"],
+        "status": row["status"],
+        "valid_until": iso(row["valid_until"]) if row["valid_until"] else None,
+        "cause": {
+            "event_id": row["cause_event_id"],
+            "event_type": row["cause_event_type"],
+            "account": row["cause_account"] or None,
+        },
+        "occurred_at": iso(row["occurred_at"]),
+        "created_at": iso(row["created_at"]),
+    }
+
+
+def entitlement_document(view: View) -> dict[str, Any]:
     """The JSON answer to `GET /api/v1/entitlements/{user_id}`; instants as RFC 3339 in UTC."""
-    entitlement = current.entitlement
+    entitlement = view.entitlement
     return {
         "user_id": entitlement.user_id,
         "plan_code": entitlement.plan_code,
@@ -66,25 +263,30 @@ def entitlement_document(current: CurrentAccess) -> dict[str, Any]:
         "entitlements": dict(entitlement.features),
         "valid_until": iso(entitlement.valid_until) if entitlement.valid_until else None,
         "version": entitlement.version,
-        "sources": [_source_document(source, reading, current.at) for source, reading in current.sources],
+        "sources": [_source_document(view, source_id, reading) for source_id, reading in view.readings],
     }
 
 
-def _source_document(source: Source, reading: Reading, at: datetime) -> dict[str, Any]:
+def _source_document(view: View, source_id: SubjectId, reading: Reading) -> dict[str, Any]:
     return {
-        "source": source.id.key,
-        "account": source.id.account or None,
-        "customer_id": source.customer_id,
+        "source": source_id.key,
+        "account": source_id.account or None,
+        "customer_id": view.state.sources[source_id].customer_id,
         "status": reading.status,
         "since": iso(reading.as_of),
-        "plans": [
-            {
-                "plan_code": access.plan.code,
-                "granted": access.is_live(at),
-                "starts_at": iso(access.starts_at),
-                "ends_at": iso(access.ends_at) if access.ends_at else None,
-            }
-            for access in reading.accesses
-        ],
+        "rule": reading.rule,
+        "plans": [_access_document(access, view.at) for access in reading.accesses],
         "unknown": list(reading.unknown),
+        "flags": list(reading.flags),
+    }
+
+
+def _access_document(access: Access, at: datetime) -> dict[str, Any]:
+    return {
+        "plan_code": access.plan.code if access.plan else None,
+        "features": dict(access.features),
+        "quantity": access.quantity,
+        "granted": access.is_live(at),
+        "starts_at": iso(access.starts_at),
+        "ends_at": iso(access.ends_at) if access.ends_at else None,
     }

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from backend.app.billing.domain.catalog import FeatureValue
+from backend.app.billing.domain.facts import FeatureValue
 from backend.app.core.database import Json, UtcDateTime, metadata
 
 # One row per event that was ever processed, for ever: the unique key that makes its effect happen once.
@@ -41,19 +41,24 @@ webhook_events = sa.Table(
     sa.Column("user_id", sa.Text),
     sa.Column("plan_code", sa.Text),
     sa.Column("customer_id", sa.Text),
-    sa.Column("source_key", sa.Text),
+    # What it is about, such as `sub:sub_1`.
+    sa.Column("subject_key", sa.Text),
     # The exact body of the 200 that the first delivery got; null while it has failed only.
     sa.Column("answer", sa.Text),
     sa.Column("payload", sa.LargeBinary, nullable=False),
     sa.Column("payload_sha256", sa.Text, nullable=False),
     sa.Column("request_id", sa.Text),
+    # Grows from decision to decision about the same parties, so that they can be replayed in their order;
+    # events that have nothing to do with each other may share a number.
+    sa.Column("position", sa.BigInteger),
     sa.Index("ix_webhook_events_received_at", "received_at"),
+    sa.Index("ix_webhook_events_position", "position"),
     sa.Index("ix_webhook_events_user_id", "user_id", "received_at"),
     sa.Index(
-        "ix_webhook_events_waiting_source",
+        "ix_webhook_events_waiting_subject",
         "account",
         "livemode",
-        "source_key",
+        "subject_key",
         postgresql_where=sa.text("status = 'parked'"),
         sqlite_where=sa.text("status = 'parked'"),
     ),
@@ -82,16 +87,29 @@ sources = sa.Table(
     sa.Index("ix_sources_customer_id", "account", "livemode", "customer_id"),
 )
 
-# Every fact about a source; `body` is the translated fact, `as_of` the event's own time.
-source_facts = sa.Table(
-    "source_facts",
+# Every fact about a subject; `body` is the translated fact, `as_of` the event's own time. Facts of the kind
+# `grant` come from people; all others can be made again from `webhook_events`.
+facts = sa.Table(
+    "facts",
     metadata,
     sa.Column("account", sa.Text, primary_key=True),
     sa.Column("livemode", sa.Boolean, primary_key=True),
-    sa.Column("source_key", sa.Text, primary_key=True),
+    sa.Column("subject_key", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),
     sa.Column("as_of", UtcDateTime, primary_key=True),
     sa.Column("event_id", sa.Text, primary_key=True),
     sa.Column("body", Json, nullable=False),
+)
+
+# Which subject bears on which: a payment on its invoice, an invoice on its subscription.
+links = sa.Table(
+    "links",
+    metadata,
+    sa.Column("account", sa.Text, primary_key=True),
+    sa.Column("livemode", sa.Boolean, primary_key=True),
+    sa.Column("child", sa.Text, primary_key=True),
+    sa.Column("parent", sa.Text, primary_key=True),
+    sa.Index("ix_links_parent", "account", "livemode", "parent"),
 )
 
 # Which event claimed that a customer is a user.
@@ -161,6 +179,8 @@ payment_events = sa.Table(
     sa.Column("livemode", sa.Boolean, nullable=False),
     # The money's own name: events that report the same money make one line.
     sa.Column("effect_key", sa.Text, nullable=False),
+    # What the money is about, such as `cs:cs_1`.
+    sa.Column("subject_key", sa.Text),
     sa.Column("occurred_at", UtcDateTime, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.UniqueConstraint("account", "livemode", "effect_key", name="uq_payment_events_effect_key"),
@@ -175,13 +195,23 @@ payment_events = sa.Table(
         sqlite_where=sa.text("user_id IS NULL"),
     ),
     sa.Index(
-        "ix_payment_events_unattributed_subscription",
+        "ix_payment_events_unattributed_subject",
         "account",
         "livemode",
-        "subscription_id",
+        "subject_key",
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
     ),
+)
+
+
+# Claim links that were used, and by whom; a link is used once.
+claim_link_uses = sa.Table(
+    "claim_link_uses",
+    metadata,
+    sa.Column("link_id", sa.Text, primary_key=True),
+    sa.Column("user_id", sa.Text, nullable=False),
+    sa.Column("used_at", UtcDateTime, nullable=False),
 )
 
 
@@ -220,5 +250,6 @@ class PaymentEvent:
     account: str
     livemode: bool
     effect_key: str
+    subject_key: str | None
     occurred_at: datetime
     created_at: datetime

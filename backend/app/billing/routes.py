@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BeforeValidator
 from starlette.types import Receive, Scope, Send
 
-from backend.app.billing.entitlements import EntitlementService, entitlement_document
+from backend.app.billing.entitlements import EntitlementService, check_document, entitlement_document
+from backend.app.billing.explain import explain as explanation_of
+from backend.app.billing.explain import explanation_document
 from backend.app.billing.providers.fields import ID_CHARACTERS_MAX
 from backend.app.billing.webhooks import BillingWebhooks, Delivery
 from backend.app.core.clock import Clock
 from backend.app.core.errors import AppError
 from backend.app.core.http import problem_response, read_body
+from backend.app.core.pages import PageRequest, page_request
 
 WEBHOOK_PATH = "/api/v1/billing/webhooks"
 
 # PostgreSQL's text has no NUL, so no user has one either.
 UserId = Annotated[str, Path(min_length=1, max_length=ID_CHARACTERS_MAX, pattern=r"^[^\x00]*$")]
+
+# RFC 3339 5.6; Python's own reader takes other forms of ISO 8601 too.
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 class WebhookEndpoint:
@@ -55,16 +65,54 @@ class WebhookEndpoint:
         )
 
 
+def read_instant(text: str) -> datetime:
+    """An RFC 3339 instant, in UTC; ValueError for anything else, a time without an offset above all."""
+    if not _RFC_3339.fullmatch(text):
+        raise ValueError(
+            "an RFC 3339 instant with its offset is expected, as 2026-11-23T07:30:00Z; in an address + is %2B"
+        )
+    try:
+        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except OverflowError:
+        raise ValueError("beyond the years 1 to 9999") from None
+
+
+At = Annotated[
+    datetime | None,
+    BeforeValidator(read_instant),
+    Query(description="As it was in force at this RFC 3339 instant, by all that is known today."),
+]
+
+
 def entitlement_routes(service: EntitlementService, needs_read_key: Callable[..., Any]) -> APIRouter:
-    """What the seller's own product asks: what may this user do?"""
+    """What the seller's own product asks: what may this user do, and why?"""
     router = APIRouter(
         prefix="/api/v1/entitlements", tags=["entitlements"], dependencies=[Depends(needs_read_key)]
     )
 
     @router.get("/{user_id}")
-    async def get_entitlements(user_id: UserId, request: Request) -> Response:
-        """What a user may do now, until when that holds, and what it rests on."""
-        return cacheable(entitlement_document(await service.current(user_id)), request)
+    async def get_entitlements(
+        user_id: UserId, request: Request, at: At = None, explain: bool = False
+    ) -> Response:
+        """What a user may do now or at an instant, until when that holds, what it rests on, and why."""
+        if not explain:
+            return cacheable(entitlement_document(await service.view(user_id, at=at)), request)
+        view, evidence = await service.view_with_evidence(user_id, at=at)
+        explanation = explanation_of(service.catalog, view, evidence)
+        return cacheable(
+            {**entitlement_document(view), "explanation": explanation_document(explanation)}, request
+        )
+
+    @router.get("/{user_id}/history")
+    async def get_history(user_id: UserId, page: Annotated[PageRequest, Depends(page_request)]) -> Response:
+        """Every change of a user's entitlements and the event that caused it, the newest first."""
+        return JSONResponse(await service.history(user_id, page))
+
+    # After the history, so a feature of that name can't hide it.
+    @router.get("/{user_id}/{feature}")
+    async def get_feature(user_id: UserId, feature: str, request: Request, at: At = None) -> Response:
+        """One feature's value for a user, whether it lets them do anything, and the rule it follows from."""
+        return cacheable(check_document(await service.check(user_id, feature, at=at)), request)
 
     return router
 

@@ -6,46 +6,45 @@ Functions take many rows at once: the number of statements does not grow with th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from backend.app.billing.domain.access import Source
-from backend.app.billing.domain.decide import (
-    Attribution,
-    Entitlement,
-    EntitlementChange,
-    State,
-    Status,
-    Waiting,
-)
-from backend.app.billing.domain.facts import CustomerId, Event, SourceFact, SourceId, Tie, Via
+from backend.app.billing.domain.decide import Attribution, EntitlementChange, Status, Waiting
+from backend.app.billing.domain.facts import CustomerId, Event, Fact, SubjectId, Tie, Via
+from backend.app.billing.domain.merge import Entitlement
+from backend.app.billing.domain.state import Owned, State
 from backend.app.billing.models import (
     PaymentEvent,
     UserEntitlement,
     customer_ties,
     entitlement_history,
+    facts,
+    links,
     payment_events,
-    source_facts,
     sources,
     user_entitlements,
     webhook_claims,
     webhook_events,
 )
 from backend.app.core.database import Tx, insert
+from backend.app.core.errors import StoreUnavailable
 from backend.app.core.ids import new_id
 
-# A decision looks at the newest facts of each kind of a source only, so that its cost does not grow with history. A
-# subscription that was past due through more snapshots than this would seem past due a little shorter.
-FACTS_PER_SOURCE_MAX = 64
+# A decision looks at the newest facts of each kind of a subject only, so that its cost does not grow with
+# history. A subscription past due through more snapshots than this would seem past due a little shorter.
+FACTS_PER_SUBJECT_MAX = 64
 
 FAILED = "failed"
 
-_FACT: TypeAdapter[SourceFact] = TypeAdapter(SourceFact)
+# Whom an event concerns grows only while others commit at the same moment; each round waits for them.
+LOCK_ROUNDS_MAX = 5
+
+_FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ class StoredEvent:
     user_id: str | None
     plan_code: str | None
     customer_id: str | None
-    source_key: str | None
+    subject_key: str | None
     answer: str
 
 
@@ -88,14 +87,32 @@ async def stored_answer(tx: Tx, event: Event) -> str:
     return answer
 
 
-async def lock(tx: Tx, names: Iterable[str]) -> None:
-    """Holds the named subjects until the transaction ends, so that decisions about one do not interleave.
+async def lock_parties(tx: Tx, named: Parties) -> Parties:
+    """All that the named parties concern, held until the transaction ends, so that decisions do not interleave.
 
-    Always taken in the order of their numbers: two transactions can't wait for each other. On SQLite
-    the one writer is lock enough.
+    Locks are taken all at once in the order of their numbers, so two transactions can't wait for each
+    other. Whom an event concerns is only known by reading, so it is read again under the locks; where
+    more turned up meanwhile, the locks are given back and taken anew. On SQLite the one writer is lock
+    enough.
+
+    Raises:
+        StoreUnavailable: the parties kept growing; the delivery will come again.
     """
+    parties = await load_parties(tx, named)
     if tx.dialect.name != "postgresql":
-        return
+        return parties
+    for _ in range(LOCK_ROUNDS_MAX):
+        await tx.execute(sa.text("SAVEPOINT before_locks"))
+        await _lock(tx, parties.names)
+        seen = await load_parties(tx, named)
+        if seen.names <= parties.names:
+            return seen
+        await tx.execute(sa.text("ROLLBACK TO SAVEPOINT before_locks"))
+        parties = seen
+    raise StoreUnavailable
+
+
+async def _lock(tx: Tx, names: Collection[str]) -> None:
     numbers = sorted({_lock_number(name) for name in names})
     if numbers:
         await tx.execute(
@@ -110,59 +127,51 @@ def _lock_number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
 
 
-async def load_parties(
-    tx: Tx, source_ids: Collection[SourceId], customer_ids: Collection[CustomerId]
-) -> tuple[dict[CustomerId, frozenset[Tie]], set[SourceId], set[str]]:
-    """Who is concerned by these sources and customers: ties, all sources of the customers, and their users."""
-    ties: dict[CustomerId, frozenset[Tie]] = {}
-    users: set[str] = set()
-    found: set[SourceId] = set()
-    if customer_ids:
-        for row in await tx.execute(
-            sa.select(customer_ties).where(_in(customer_ties, "customer_id", customer_ids))
-        ):
-            customer = CustomerId(row.account, row.livemode, row.customer_id)
-            tie = Tie(
-                customer_id=row.customer_id,
-                user_id=row.user_id,
-                via=Via(row.via),
-                occurred_at=row.occurred_at,
-                event_id=row.event_id,
-            )
-            ties[customer] = ties.get(customer, frozenset()) | {tie}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parties:
+    """Whom some subjects and customers concern: what has to be locked before a decision about them."""
+
+    subjects: frozenset[SubjectId]
+    customers: frozenset[CustomerId]
+    users: frozenset[str]
+
+    @property
+    def names(self) -> set[str]:
+        """The names to lock."""
+        return {
+            *(f"{account}/{livemode}/{key}" for account, livemode, key in self.subjects),
+            *(f"{account}/{livemode}/cus:{key}" for account, livemode, key in self.customers),
+            *(f"user/{user_id}" for user_id in self.users),
+        }
+
+
+async def load_parties(tx: Tx, named: Parties) -> Parties:
+    """The named subjects with all that they bear on, the customers behind them, and the users of both."""
+    subjects, customers, users = set(named.subjects), set(named.customers), set(named.users)
+    if subjects:
+        above = _closure(_literal_seeds(subjects), upwards=True)
+        for row in await tx.execute(sa.select(above)):
+            subjects.add(SubjectId(row.account, row.livemode, row.key))
+    for row in await tx.execute(sa.select(sources).where(_concerning(subjects, customers, frozenset()))):
+        if row.customer_id is not None:
+            customers.add(CustomerId(row.account, row.livemode, row.customer_id))
+        if row.user_id is not None:
             users.add(row.user_id)
-    conditions = []
-    if source_ids:
-        conditions.append(_in(sources, "source_key", source_ids))
-    if customer_ids:
-        conditions.append(_in(sources, "customer_id", customer_ids))
-    if conditions:
-        for row in await tx.execute(sa.select(sources).where(sa.or_(*conditions))):
-            found.add(SourceId(row.account, row.livemode, row.source_key))
-            if row.user_id is not None:
-                users.add(row.user_id)
-    return ties, found, users
-
-
-async def load_state(
-    tx: Tx,
-    ties: Mapping[CustomerId, frozenset[Tie]],
-    source_ids: Collection[SourceId],
-    user_ids: Collection[str],
-) -> State:
-    """The state that decisions about these sources and users need: all of the users' sources with their facts."""
-    conditions = []
-    if source_ids:
-        conditions.append(_in(sources, "source_key", source_ids))
-    if user_ids:
-        conditions.append(sources.c.user_id.in_(sorted(user_ids)))
-    if not conditions:
-        return State(sources={}, ties=ties, entitlements={})
-    loaded = await load_sources(tx, sa.or_(*conditions))
-    entitlements = {}
-    if user_ids:
+    if customers:
         for row in await tx.execute(
-            sa.select(user_entitlements).where(user_entitlements.c.user_id.in_(sorted(user_ids)))
+            sa.select(customer_ties.c.user_id).where(_in(customer_ties, "customer_id", customers))
+        ):
+            users.add(row.user_id)
+    return Parties(subjects=frozenset(subjects), customers=frozenset(customers), users=frozenset(users))
+
+
+async def load_state(tx: Tx, parties: Parties) -> State:
+    """The state that decisions about these parties need: all sources of their users and customers, with facts."""
+    condition = _concerning(parties.subjects, parties.customers, parties.users)
+    entitlements: dict[str, Entitlement] = {}
+    if parties.users:
+        for row in await tx.execute(
+            sa.select(user_entitlements).where(user_entitlements.c.user_id.in_(sorted(parties.users)))
         ):
             entitlements[row.user_id] = Entitlement(
                 user_id=row.user_id,
@@ -173,62 +182,112 @@ async def load_state(
                 activated_at=row.activated_at,
                 version=row.version,
             )
-    return State(sources=loaded, ties=ties, entitlements=entitlements)
+    state = await load_sources(tx, condition, more=parties.subjects)
+    customers = {
+        CustomerId(source_id.account, source_id.livemode, owned.customer_id)
+        for source_id, owned in state.sources.items()
+        if owned.customer_id is not None
+    } | parties.customers
+    return replace(state, ties=await load_ties(tx, customers), entitlements=entitlements)
 
 
-async def load_sources(tx: Tx, condition: sa.ColumnElement[bool]) -> dict[SourceId, Source]:
-    """The sources that meet a condition on the table `sources`, each with its newest facts."""
+async def load_ties(tx: Tx, customers: Collection[CustomerId]) -> dict[CustomerId, frozenset[Tie]]:
+    """All claims on some customers."""
+    ties: dict[CustomerId, frozenset[Tie]] = {}
+    if not customers:
+        return ties
+    for row in await tx.execute(sa.select(customer_ties).where(_in(customer_ties, "customer_id", customers))):
+        customer = CustomerId(row.account, row.livemode, row.customer_id)
+        tie = Tie(
+            customer_id=row.customer_id,
+            user_id=row.user_id,
+            via=Via(row.via),
+            occurred_at=row.occurred_at,
+            event_id=row.event_id,
+        )
+        ties[customer] = ties.get(customer, frozenset()) | {tie}
+    return ties
+
+
+async def load_sources(
+    tx: Tx,
+    condition: sa.ColumnElement[bool],
+    *,
+    more: Collection[SubjectId] = (),
+    until: datetime | None = None,
+) -> State:
+    """The sources that meet a condition, with all that bears on them, each subject with its newest facts.
+
+    `more` are further subjects to load with what bears on them; `until` leaves out what occurred later.
+    """
+    loaded: dict[SubjectId, Owned] = {}
+    for row in await tx.execute(sa.select(sources).where(condition)):
+        loaded[SubjectId(row.account, row.livemode, row.source_key)] = Owned(
+            customer_id=row.customer_id, user_id=row.user_id
+        )
+    seeds: list[sa.Select[str, bool, str]] = [
+        sa.select(sources.c.account, sources.c.livemode, sources.c.source_key.label("key")).where(condition),
+        sa.select(
+            sources.c.account, sources.c.livemode, (sa.literal("cus:") + sources.c.customer_id).label("key")
+        ).where(condition, sources.c.customer_id.is_not(None)),
+        sa.select(
+            sources.c.account, sources.c.livemode, (sa.literal("acct:") + sources.c.account).label("key")
+        ).where(condition, sources.c.account != ""),
+    ]
+    below = _closure(sa.union(*seeds, *_literal_selects(more)), upwards=False)
+    parents: dict[SubjectId, frozenset[SubjectId]] = {}
+    for row in await tx.execute(
+        sa.select(links).join(
+            below,
+            sa.and_(
+                links.c.account == below.c.account,
+                links.c.livemode == below.c.livemode,
+                links.c.child == below.c.key,
+            ),
+        )
+    ):
+        child = SubjectId(row.account, row.livemode, row.child)
+        parents[child] = parents.get(child, frozenset()) | {SubjectId(row.account, row.livemode, row.parent)}
+    return State(sources=loaded, parents=parents, facts=await _load_facts(tx, below, until))
+
+
+async def _load_facts(tx: Tx, subjects: sa.CTE, until: datetime | None) -> dict[SubjectId, tuple[Fact, ...]]:
     newest = (
         sa.select(
-            sources.c.account,
-            sources.c.livemode,
-            sources.c.source_key,
-            sources.c.customer_id,
-            sources.c.user_id,
-            source_facts.c.body,
+            facts.c.account,
+            facts.c.livemode,
+            facts.c.subject_key,
+            facts.c.body,
             sa.func.row_number()
             .over(
                 # Each kind by itself: a subscription's many snapshots must not push its one checkout out,
                 # which may name the user and the plan.
-                partition_by=(
-                    sources.c.account,
-                    sources.c.livemode,
-                    sources.c.source_key,
-                    source_facts.c.body["kind"].as_string(),
-                ),
-                order_by=(source_facts.c.as_of.desc(), source_facts.c.event_id.desc()),
+                partition_by=(facts.c.account, facts.c.livemode, facts.c.subject_key, facts.c.kind),
+                order_by=(facts.c.as_of.desc(), facts.c.event_id.desc()),
             )
             .label("place"),
         )
-        .join_from(
-            sources,
-            source_facts,
+        .join(
+            subjects,
             sa.and_(
-                source_facts.c.account == sources.c.account,
-                source_facts.c.livemode == sources.c.livemode,
-                source_facts.c.source_key == sources.c.source_key,
+                facts.c.account == subjects.c.account,
+                facts.c.livemode == subjects.c.livemode,
+                facts.c.subject_key == subjects.c.key,
             ),
         )
-        .where(condition)
+        .where(facts.c.as_of <= until if until is not None else sa.true())
         .subquery()
     )
-    rows: dict[SourceId, list[sa.Row[Any]]] = {}
-    for row in await tx.execute(sa.select(newest).where(newest.c.place <= FACTS_PER_SOURCE_MAX)):
-        rows.setdefault(SourceId(row.account, row.livemode, row.source_key), []).append(row)
-    return {
-        source_id: Source(
-            id=source_id,
-            customer_id=group[0].customer_id,
-            user_id=group[0].user_id,
-            facts=tuple(_FACT.validate_python(row.body) for row in group),
-        )
-        for source_id, group in rows.items()
-    }
+    found: dict[SubjectId, tuple[Fact, ...]] = {}
+    for row in await tx.execute(sa.select(newest).where(newest.c.place <= FACTS_PER_SUBJECT_MAX)):
+        subject = SubjectId(row.account, row.livemode, row.subject_key)
+        found[subject] = (*found.get(subject, ()), _FACT.validate_python(row.body))
+    return found
 
 
-async def load_sources_of_user(tx: Tx, user_id: str) -> list[Source]:
-    """A user's sources with their newest facts."""
-    return list((await load_sources(tx, sources.c.user_id == user_id)).values())
+async def load_state_of_user(tx: Tx, user_id: str, *, until: datetime | None = None) -> State:
+    """A user's sources with all that bears on them, as far as it had occurred at an instant."""
+    return await load_sources(tx, sources.c.user_id == user_id, until=until)
 
 
 async def load_entitlement(tx: Tx, user_id: str) -> UserEntitlement | None:
@@ -238,56 +297,82 @@ async def load_entitlement(tx: Tx, user_id: str) -> UserEntitlement | None:
     return UserEntitlement(**row) if row else None
 
 
-async def save_facts(
-    tx: Tx, touched: Sequence[Source], facts: Sequence[tuple[SourceId, SourceFact]], *, now: datetime
-) -> None:
-    """Writes sources with their owners, and adds facts; a fact that is there already stays as it is."""
-    if touched:
-        statement = insert(sources, tx)
-        await tx.execute(
-            statement.on_conflict_do_update(
-                index_elements=["account", "livemode", "source_key"],
-                set_={
-                    "customer_id": statement.excluded.customer_id,
-                    "user_id": statement.excluded.user_id,
-                    "updated_at": statement.excluded.updated_at,
-                },
-            ),
-            [
-                {
-                    "account": source.id.account,
-                    "livemode": source.id.livemode,
-                    "source_key": source.id.key,
-                    "customer_id": source.customer_id,
-                    "user_id": source.user_id,
-                    "created_at": now,
-                    "updated_at": now,
-                }
-                for source in touched
-            ],
-        )
-    if facts:
-        await tx.execute(
-            insert(source_facts, tx).on_conflict_do_nothing(),
-            [
-                {
-                    "account": source_id.account,
-                    "livemode": source_id.livemode,
-                    "source_key": source_id.key,
-                    "as_of": fact.as_of,
-                    "event_id": fact.event_id,
-                    "body": _FACT.dump_python(fact, mode="json"),
-                }
-                for source_id, fact in facts
-            ],
-        )
+async def save_sources(tx: Tx, touched: Sequence[tuple[SubjectId, Owned]], *, now: datetime) -> None:
+    """Writes sources with their customers and owners."""
+    if not touched:
+        return
+    statement = insert(sources, tx)
+    await tx.execute(
+        statement.on_conflict_do_update(
+            index_elements=["account", "livemode", "source_key"],
+            set_={
+                "customer_id": statement.excluded.customer_id,
+                "user_id": statement.excluded.user_id,
+                "updated_at": statement.excluded.updated_at,
+            },
+        ),
+        [
+            {
+                "account": source_id.account,
+                "livemode": source_id.livemode,
+                "source_key": source_id.key,
+                "customer_id": owned.customer_id,
+                "user_id": owned.user_id,
+                "created_at": now,
+                "updated_at": now,
+            }
+            for source_id, owned in touched
+        ],
+    )
+
+
+async def save_facts(tx: Tx, new: Sequence[tuple[SubjectId, Fact]]) -> None:
+    """Adds facts; one that is there already stays as it is."""
+    if not new:
+        return
+    await tx.execute(
+        insert(facts, tx).on_conflict_do_nothing(),
+        [
+            {
+                "account": subject.account,
+                "livemode": subject.livemode,
+                "subject_key": subject.key,
+                "kind": fact.kind,
+                "as_of": fact.as_of,
+                "event_id": fact.event_id,
+                "body": _FACT.dump_python(fact, mode="json"),
+            }
+            for subject, fact in new
+        ],
+    )
+
+
+async def save_links(tx: Tx, new: Sequence[tuple[SubjectId, SubjectId]]) -> None:
+    """Adds links from children to parents."""
+    if not new:
+        return
+    await tx.execute(
+        insert(links, tx).on_conflict_do_nothing(),
+        [
+            {
+                "account": child.account,
+                "livemode": child.livemode,
+                "child": child.key,
+                "parent": parent.key,
+            }
+            for child, parent in new
+        ],
+    )
 
 
 async def save_ties(tx: Tx, ties: Sequence[tuple[CustomerId, Tie]]) -> None:
-    """Adds claims that a customer is a user; of equal claims the earliest is kept, whatever came first."""
+    """Adds claims that a customer is a user; of equal claims that is kept which is stronger, whatever came first."""
     if not ties:
         return
     statement = insert(customer_ties, tx)
+    later_word = sa.and_(
+        customer_ties.c.via == int(Via.ADMIN), statement.excluded.occurred_at > customer_ties.c.occurred_at
+    )
     earlier = sa.or_(
         statement.excluded.occurred_at < customer_ties.c.occurred_at,
         sa.and_(
@@ -302,7 +387,7 @@ async def save_ties(tx: Tx, ties: Sequence[tuple[CustomerId, Tie]]) -> None:
                 "occurred_at": statement.excluded.occurred_at,
                 "event_id": statement.excluded.event_id,
             },
-            where=earlier,
+            where=sa.or_(later_word, sa.and_(customer_ties.c.via != int(Via.ADMIN), earlier)),
         ),
         [
             {
@@ -383,6 +468,7 @@ async def add_payment(tx: Tx, payment: PaymentEvent) -> bool:
             account=payment.account,
             livemode=payment.livemode,
             effect_key=payment.effect_key,
+            subject_key=payment.subject_key,
             occurred_at=payment.occurred_at,
             created_at=payment.created_at,
         )
@@ -395,46 +481,44 @@ async def add_payment(tx: Tx, payment: PaymentEvent) -> bool:
 async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEvent]:
     """Gives the ledger lines that waited for a source's or customer's user to that user; the lines it gave."""
     columns = payment_events.c
-    if attribution.source is not None:
-        scope: SourceId | CustomerId = attribution.source
-        kind, _, name = attribution.source.key.partition(":")
-        of_subject = (
-            columns.subscription_id == name
-            if kind == "sub"
-            else columns.effect_key.in_(
-                [attribution.source.key, f"{attribution.source.key}:checkout_completed"]
-            )
+    if attribution.customer is not None:
+        account, livemode, customer_id = attribution.customer
+        about = sa.and_(
+            columns.account == account, columns.livemode == livemode, columns.customer_id == customer_id
         )
-    elif attribution.customer is not None:
-        scope = attribution.customer
-        of_subject = columns.customer_id == attribution.customer.id
     else:
-        return []
+        about = _in(payment_events, "subject_key", attribution.subjects)
     result = await tx.execute(
         payment_events.update()
-        .where(
-            columns.account == scope.account,
-            columns.livemode == scope.livemode,
-            of_subject,
-            columns.user_id.is_(None),
-        )
+        .where(about, columns.user_id.is_(None))
         .values(user_id=attribution.user_id)
         .returning(*columns)
     )
     return [PaymentEvent(**row) for row in result.mappings()]
 
 
-async def settle_waiting_source(tx: Tx, waiting: Waiting) -> list[str]:
+async def name_plans(tx: Tx, waiting: Waiting) -> None:
+    """Writes a source's plan into the lines about it that could not name one when they came."""
+    if waiting.plan_code is None:
+        return
+    await tx.execute(
+        payment_events.update()
+        .where(_in(payment_events, "subject_key", waiting.subjects), payment_events.c.plan_code.is_(None))
+        .values(plan_code=waiting.plan_code)
+    )
+
+
+async def settle_waiting(tx: Tx, waiting: Waiting) -> list[str]:
     """Tells the parked events of a source what they wait for now, or that it is over; ids of those that ended."""
     columns = webhook_events.c
     over = waiting.reason is None
     result = await tx.execute(
         webhook_events.update()
         .where(
-            columns.account == waiting.source.account,
-            columns.livemode == waiting.source.livemode,
-            columns.source_key == waiting.source.key,
+            _in(webhook_events, "subject_key", waiting.subjects),
             columns.status == Status.PARKED.value,
+            # What could not be read is no wiser now.
+            columns.reason.not_like("unreadable:%"),
         )
         .values(
             status=(Status.SUCCESS if over else Status.PARKED).value,
@@ -476,9 +560,13 @@ async def save_event(tx: Tx, stored: StoredEvent) -> None:
         "user_id": stored.user_id,
         "plan_code": stored.plan_code,
         "customer_id": stored.customer_id,
-        "source_key": stored.source_key,
+        "subject_key": stored.subject_key,
         "answer": stored.answer,
         "request_id": stored.request_id,
+        # Under the parties' locks, so it sees every earlier decision about them.
+        "position": sa.select(
+            sa.func.coalesce(sa.func.max(webhook_events.c.position), 0) + 1
+        ).scalar_subquery(),
     }
     await tx.execute(
         insert(webhook_events, tx)
@@ -607,15 +695,58 @@ def _is_event(event: Event) -> sa.ColumnElement[bool]:
 
 
 def _in(
-    table: sa.Table, column: str, names: Collection[SourceId] | Collection[CustomerId]
+    table: sa.Table, column: str, names: Collection[SubjectId] | Collection[CustomerId]
 ) -> sa.ColumnElement[bool]:
     """Rows whose (account, livemode, column) is one of the names, as one indexable condition per scope."""
     scopes: dict[tuple[str, bool], list[str]] = {}
     for account, livemode, name in sorted(names):
         scopes.setdefault((account, livemode), []).append(name)
     return sa.or_(
+        sa.false(),
         *(
             sa.and_(table.c.account == account, table.c.livemode == livemode, table.c[column].in_(values))
             for (account, livemode), values in scopes.items()
+        ),
+    )
+
+
+def _concerning(
+    subjects: Collection[SubjectId], customers: Collection[CustomerId], users: Collection[str]
+) -> sa.ColumnElement[bool]:
+    """The sources that are one of the subjects, or belong to one of the customers or users."""
+    conditions = [_in(sources, "source_key", subjects), _in(sources, "customer_id", customers)]
+    if users:
+        conditions.append(sources.c.user_id.in_(sorted(users)))
+    return sa.or_(*conditions)
+
+
+def _literal_selects(subjects: Collection[SubjectId]) -> list[sa.Select[str, bool, str]]:
+    return [
+        sa.select(
+            sa.literal(account).label("account"),
+            sa.literal(livemode).label("livemode"),
+            sa.literal(key).label("key"),
+        )
+        for account, livemode, key in sorted(subjects)
+    ]
+
+
+def _literal_seeds(subjects: Collection[SubjectId]) -> sa.CompoundSelect[Any]:
+    return sa.union(*_literal_selects(subjects))
+
+
+def _closure(seeds: sa.CompoundSelect[Any], *, upwards: bool) -> sa.CTE:
+    """The seeds and all subjects above them (what they bear on) or below them (what bears on them)."""
+    start = seeds.subquery("seeds")
+    reached = sa.select(start.c.account, start.c.livemode, start.c.key).cte("reached", recursive=True)
+    known, next_key = (links.c.child, links.c.parent) if upwards else (links.c.parent, links.c.child)
+    return reached.union(
+        sa.select(links.c.account, links.c.livemode, next_key).join(
+            reached,
+            sa.and_(
+                links.c.account == reached.c.account,
+                links.c.livemode == reached.c.livemode,
+                known == reached.c.key,
+            ),
         )
     )

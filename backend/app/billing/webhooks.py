@@ -21,6 +21,7 @@ import structlog
 from backend.app.audit import log as audit_log
 from backend.app.audit.models import AuditLog
 from backend.app.billing import store
+from backend.app.billing.domain.access import named_users
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.decide import (
     NO_USER,
@@ -31,12 +32,13 @@ from backend.app.billing.domain.decide import (
     Status,
     decide,
 )
-from backend.app.billing.domain.facts import CustomerId, Event, SourceId, Translation, prices_of, source_key
+from backend.app.billing.domain.facts import CustomerId, Event, SubjectId, Translation, prices_of
 from backend.app.billing.masking import mask_sensitive
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.providers.fields import TranslationError
 from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import DASHBOARD_TEST_EVENT_ID, StripeEvent, read_event
+from backend.app.billing.reread import reread_message
 from backend.app.billing.security import (
     SignatureRefused,
     WebhookReplayProtection,
@@ -57,6 +59,9 @@ DEADLINE_SECONDS = 8
 
 # One page of parked events is looked at between two short reads.
 PARKED_PAGE_EVENTS = 100
+
+# A person's action goes through the same decision as an event; no id of Stripe's has a colon.
+ACTION_ID_PREFIX = "action:"
 
 log = structlog.get_logger(__name__)
 
@@ -93,8 +98,9 @@ class Genuine:
 
 @dataclass(slots=True)
 class Effects:
-    """What a transaction did, to be counted once it has committed."""
+    """What a transaction did, to be counted once it has committed; `actor` is who did it, by default the event itself."""
 
+    actor: str | None = None
     audit_actions: list[str] = field(default_factory=list)
     changes: list[tuple[str, str]] = field(default_factory=list)
     messages: bool = False
@@ -115,6 +121,7 @@ class BillingWebhooks:
         metrics: MetricsCollector,
         clock: Clock,
         livemode: bool,
+        rereads: bool = False,
     ) -> None:
         self._database = database
         self._catalog = catalog
@@ -125,6 +132,8 @@ class BillingWebhooks:
         self._metrics = metrics
         self._clock = clock
         self._livemode = livemode
+        # Whether Stripe can be asked, that is, whether an API key is configured.
+        self._rereads = rereads
         self._in_flight: set[asyncio.Task[Answer]] = set()
 
     async def receive(self, delivery: Delivery) -> Answer:
@@ -178,14 +187,16 @@ class BillingWebhooks:
         # Readable, because it was parked for what it says.
         translation = translate(read_event(parse_event_json(parked.payload), signed_at=parked.occurred_at))
         return translation is not None and any(
-            self._catalog.plan_of_price(price) for fact in translation.facts for price in prices_of(fact)
+            self._catalog.plan_of_price(price)
+            for about in translation.facts
+            for price in prices_of(about.fact)
         )
 
     async def _rerun(self, parked: store.ParkedEvent) -> None:
         effects = Effects()
         event = read_event(parse_event_json(parked.payload), signed_at=parked.occurred_at)
         async with self._database.transaction() as tx:
-            decision = await self._decide_and_write(tx, event, effects)
+            decision = await self.process(tx, event, effects)
             await store.resettle_event(
                 tx,
                 event.envelope,
@@ -194,8 +205,23 @@ class BillingWebhooks:
                 user_id=decision.user_id,
                 plan_code=decision.plan_code,
             )
-        self._count(effects)
+        self.count(effects)
         log.info("parked_event_rerun", event_id=parked.event_id, status=decision.status.value)
+
+    async def take_read(self, body: bytes) -> None:
+        """Applies an object that was read back from Stripe, in the form of an event, through the same transaction."""
+        now = self._clock.now()
+        payload = mask_sensitive(body)
+        await self._process(
+            Genuine(
+                event=read_event(parse_event_json(payload), signed_at=now),
+                payload=payload,
+                payload_sha256=hashlib.sha256(body).hexdigest(),
+                signature_sha256="",
+                received_at=now,
+                request_id="",
+            )
+        )
 
     async def drain(self) -> None:
         """Waits until everything in flight has committed or failed."""
@@ -225,7 +251,7 @@ class BillingWebhooks:
     async def _answer(self, genuine: Genuine) -> Answer:
         envelope = genuine.event.envelope
         if envelope.id == DASHBOARD_TEST_EVENT_ID:
-            return Answer(body=_answer_body(envelope, Decision(status=Status.IGNORED)))
+            return Answer(body=answer_body(envelope, Decision(status=Status.IGNORED)))
         remembered = await self._replay.check_replay_cache(genuine.signature_sha256)
         if remembered is not None:
             self._metrics.replay_blocked()
@@ -264,10 +290,11 @@ class BillingWebhooks:
             raise
         if answer.replayed:
             self._metrics.replay_blocked()
-        self._count(effects)
+        self.count(effects)
         return answer
 
-    def _count(self, effects: Effects) -> None:
+    def count(self, effects: Effects) -> None:
+        """Counts what a transaction did, once it has committed."""
         for action in effects.audit_actions:
             self._metrics.audit_written(action)
         for plan, change in effects.changes:
@@ -281,8 +308,8 @@ class BillingWebhooks:
         async with self._database.transaction() as tx:
             if not await store.claim(tx, envelope, now=self._clock.now()):
                 return Answer(body=(await store.stored_answer(tx, envelope)).encode("ascii"), replayed=True)
-            decision = await self._decide_and_write(tx, genuine.event, effects)
-            body = _answer_body(envelope, decision)
+            decision = await self.process(tx, genuine.event, effects)
+            body = answer_body(envelope, decision)
             await store.save_event(
                 tx,
                 store.StoredEvent(
@@ -296,46 +323,61 @@ class BillingWebhooks:
                     user_id=decision.user_id,
                     plan_code=decision.plan_code,
                     customer_id=decision.customer.id if decision.customer else None,
-                    source_key=decision.source.key if decision.source else None,
+                    subject_key=decision.subject.key if decision.subject else None,
                     answer=body.decode("ascii"),
                 ),
             )
         return Answer(body=body)
 
-    async def _decide_and_write(self, tx: Tx, event: StripeEvent, effects: Effects) -> Decision:
-        envelope = event.envelope
-        if envelope.livemode != self._livemode:
+    async def process(self, tx: Tx, event: StripeEvent, effects: Effects) -> Decision:
+        """Decides on a genuine event and writes every consequence into the open transaction."""
+        translation = self._translated(event)
+        if isinstance(translation, Decision):
+            await self._stage_notices(tx, translation.notices, effects)
+            return translation
+        return await self.apply(tx, event.envelope, translation, effects)
+
+    async def preview(self, tx: Tx, event: StripeEvent) -> Decision:
+        """What `process` would decide now; nothing is written."""
+        translation = self._translated(event)
+        if isinstance(translation, Decision):
+            return translation
+        return await self.decide_in(tx, event.envelope, translation, now=self._clock.now())
+
+    def _translated(self, event: StripeEvent) -> Translation | Decision:
+        """What an event asserts, or the decision where that is nothing we may or can act on."""
+        if event.envelope.livemode != self._livemode:
             return Decision(status=Status.IGNORED, reason="other_livemode")
         try:
             translation = translate(event)
         except TranslationError as error:
-            decision = _unreadable(envelope, str(error))
-            await self._stage_notices(tx, decision.notices, effects)
-            return decision
-        if translation is None:
-            return Decision(status=Status.IGNORED, reason="not_handled")
-        return await self._apply(tx, envelope, translation, effects)
+            return _unreadable(event.envelope, str(error))
+        return translation or Decision(status=Status.IGNORED, reason="not_handled")
 
-    async def _apply(self, tx: Tx, event: Event, translation: Translation, effects: Effects) -> Decision:
+    async def decide_in(self, tx: Tx, event: Event, translation: Translation, *, now: datetime) -> Decision:
+        """The decision on one event; the subjects it concerns stay locked, and nothing is written."""
+        parties = await store.lock_parties(tx, _named(event, translation))
+        state = await store.load_state(tx, parties)
+        return decide(self._catalog, state, event, translation, now=now)[1]
+
+    async def apply(self, tx: Tx, event: Event, translation: Translation, effects: Effects) -> Decision:
         """Decides on one event and writes every consequence into the open transaction."""
         now = self._clock.now()
-        named_sources, named_customers = _subjects(event, translation)
-        # Two levels, each in one order: first what the event names, then the users behind it.
-        await store.lock(tx, [str(name) for name in (*named_sources, *named_customers)])
-        ties, related_sources, users = await store.load_parties(tx, named_sources, named_customers)
-        users |= _named_users(translation)
-        await store.lock(tx, [f"user {user_id}" for user_id in users])
-        state = await store.load_state(tx, ties, named_sources | related_sources, users)
-        _, decision = decide(self._catalog, state, event, translation, now=now)
-
+        decision = await self.decide_in(tx, event, translation, now=now)
         await store.save_ties(tx, decision.ties)
-        await store.save_facts(tx, decision.sources, decision.facts, now=now)
+        await store.save_links(tx, decision.links)
+        await store.save_facts(tx, decision.facts)
+        await store.save_sources(tx, decision.sources, now=now)
         for change in decision.changes:
             await self._activate_entitlements(tx, change, event, effects, now=now)
         for payment in decision.payments:
             await self._log_payment_event(tx, payment, event, effects, now=now)
         await self._attribute(tx, decision, event, effects, now=now)
         await self._stage_notices(tx, decision.notices, effects)
+        if self._rereads and not event.id.startswith("read_"):
+            messages = [reread_message(wanted, cause_event_id=event.id) for wanted in decision.rereads]
+            await stage_many(tx, messages, now=now)
+            effects.messages = effects.messages or bool(messages)
         return decision
 
     async def _activate_entitlements(
@@ -360,9 +402,9 @@ class BillingWebhooks:
                     "entitlements": dict(after.features),
                     "valid_until": after.valid_until.isoformat() if after.valid_until else None,
                     "version": after.version,
-                    "stripe_event_id": event.id,
+                    _cause_key(event): event.id,
                 },
-                actor=f"stripe:{event.id}",
+                actor=effects.actor or f"stripe:{event.id}",
                 created_at=now,
             ),
         )
@@ -389,11 +431,12 @@ class BillingWebhooks:
             account=event.account,
             livemode=event.livemode,
             effect_key=fact.effect_key,
+            subject_key=payment.subject.key if payment.subject else None,
             occurred_at=event.occurred_at,
             created_at=now,
         )
         if await store.add_payment(tx, line):
-            await self._audit(tx, effects, _payment_audit("payment.event", line, event, now))
+            await self._audit(tx, effects, _payment_audit("payment.event", line, event, effects, now))
 
     async def _attribute(
         self, tx: Tx, decision: Decision, event: Event, effects: Effects, *, now: datetime
@@ -401,12 +444,13 @@ class BillingWebhooks:
         """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
         for attribution in decision.attributions:
             for line in await store.attribute_payments(tx, attribution):
-                await self._audit(tx, effects, _payment_audit("payment.attributed", line, event, now))
+                await self._audit(
+                    tx, effects, _payment_audit("payment.attributed", line, event, effects, now)
+                )
         settled: list[tuple[str, str | None]] = []
         for waiting in decision.waiting:
-            settled += [
-                (event_id, waiting.user_id) for event_id in await store.settle_waiting_source(tx, waiting)
-            ]
+            await store.name_plans(tx, waiting)
+            settled += [(event_id, waiting.user_id) for event_id in await store.settle_waiting(tx, waiting)]
         for attribution in decision.attributions:
             settled += [
                 (event_id, attribution.user_id)
@@ -422,8 +466,8 @@ class BillingWebhooks:
                     action="event.unparked",
                     resource_type="event",
                     resource_id=event_id,
-                    details={"by_stripe_event_id": event.id},
-                    actor=f"stripe:{event.id}",
+                    details={f"by_{_cause_key(event)}": event.id},
+                    actor=effects.actor or f"stripe:{event.id}",
                     created_at=now,
                 ),
             )
@@ -469,27 +513,28 @@ class BillingWebhooks:
             log.warning("failed_attempt_not_recorded", event_type=envelope.type)
 
 
-def _subjects(event: Event, translation: Translation) -> tuple[set[SourceId], set[CustomerId]]:
-    """The sources and customers that an event names."""
-    keys = {source_key(fact) for fact in translation.facts}
-    if translation.subscription_id is not None:
-        keys.add(f"sub:{translation.subscription_id}")
+def _named(event: Event, translation: Translation) -> store.Parties:
+    """The subjects, customers and users that an event names itself."""
+    keys = {about.key for about in translation.facts}
+    keys |= {key for link in translation.links for key in (link.child, link.parent)}
+    if translation.subject is not None:
+        keys.add(translation.subject)
     customers = {tie.customer_id for tie in translation.ties}
     if translation.customer_id is not None:
         customers.add(translation.customer_id)
-    return (
-        {SourceId(event.account, event.livemode, key) for key in keys},
-        {CustomerId(event.account, event.livemode, customer) for customer in customers},
+    customers |= {key.removeprefix("cus:") for key in keys if key.startswith("cus:")}
+    return store.Parties(
+        subjects=frozenset(SubjectId(event.account, event.livemode, key) for key in keys),
+        customers=frozenset(CustomerId(event.account, event.livemode, customer) for customer in customers),
+        users=frozenset(
+            named_users(about.fact for about in translation.facts) | {tie.user_id for tie in translation.ties}
+        ),
     )
 
 
-def _named_users(translation: Translation) -> set[str]:
-    """The users that an event names itself."""
-    named: set[str | None] = {tie.user_id for tie in translation.ties}
-    for fact in translation.facts:
-        named.add(fact.metadata_user_id)
-        named.add(getattr(fact, "client_reference_id", None))
-    return {user_id for user_id in named if user_id is not None}
+def _cause_key(event: Event) -> str:
+    """What an audit row's details call the cause's id: a person's action is no event of Stripe's."""
+    return "action_id" if event.id.startswith(ACTION_ID_PREFIX) else "stripe_event_id"
 
 
 def _unreadable(event: Event, problem: str) -> Decision:
@@ -506,7 +551,9 @@ def _unreadable(event: Event, problem: str) -> Decision:
     )
 
 
-def _payment_audit(action: str, line: PaymentEvent, event: Event, now: datetime) -> AuditLog:
+def _payment_audit(
+    action: str, line: PaymentEvent, event: Event, effects: Effects, now: datetime
+) -> AuditLog:
     return AuditLog(
         id=new_id(),
         user_id=line.user_id,
@@ -522,12 +569,13 @@ def _payment_audit(action: str, line: PaymentEvent, event: Event, now: datetime)
             "effect_key": line.effect_key,
             "stripe_event_id": line.stripe_event_id,
         },
-        actor=f"stripe:{event.id}",
+        actor=effects.actor or f"stripe:{event.id}",
         created_at=now,
     )
 
 
-def _answer_body(event: Event, decision: Decision) -> bytes:
+def answer_body(event: Event, decision: Decision) -> bytes:
+    """The body of the 200 that the first delivery of an event gets."""
     document: Mapping[str, str | None] = {
         "status": decision.status.value,
         "event_id": event.id,

@@ -9,6 +9,7 @@
     ├── Forbidden                  403
     ├── NotFound                   404
     ├── MethodNotAllowed           405
+    ├── Conflict                   409
     ├── IdempotencyInProgress      409
     ├── PayloadTooLarge            413
     ├── IdempotencyMismatch        422
@@ -37,6 +38,7 @@ class AppError(Exception):
     def __init__(self, detail: str | None = None, *, headers: dict[str, str] | None = None) -> None:
         self.detail = detail or self.public_text()
         self.headers = headers or {}
+        self.members: dict[str, Any] = {}
         super().__init__(self.detail)
 
     @classmethod
@@ -96,6 +98,12 @@ class MethodNotAllowed(AppError):
     status, slug, title = 405, "method-not-allowed", "Method not allowed"
 
 
+class Conflict(AppError):
+    """The request contradicts what is so now; nothing was changed."""
+
+    status, slug, title = 409, "conflict", "Conflict"
+
+
 class IdempotencyInProgress(AppError):
     """A request with this Idempotency-Key is still being carried out; ask again shortly."""
 
@@ -122,6 +130,13 @@ class InvalidParameters(AppError):
 
     status, slug, title = 422, "invalid-parameters", "Invalid parameters"
 
+    @classmethod
+    def named(cls, *location: str, message: str) -> InvalidParameters:
+        """One wrong value: where it stands (`"body", "plan_code"`) and what is wrong, never the value itself."""
+        error = cls(f"{'.'.join(location[1:])}: {message}")
+        error.members["errors"] = [{"location": list(location), "message": message}]
+        return error
+
 
 class Unavailable(AppError):
     """The service can't do this right now; nothing was changed. Please send it again."""
@@ -139,7 +154,7 @@ class StoreUnavailable(Unavailable):
 
 
 def problem(error: AppError, *, instance: str, request_id: str) -> dict[str, Any]:
-    """The RFC 9457 document of an error: type, title, status, detail, instance, and our request_id."""
+    """The RFC 9457 document of an error: type, title, status, detail, instance, our request_id, and its own members."""
     return {
         # A relative reference (RFC 9457 3.1.1): this very service serves the page it points to.
         "type": f"/problems/{error.slug}",
@@ -148,6 +163,7 @@ def problem(error: AppError, *, instance: str, request_id: str) -> dict[str, Any
         "detail": error.detail,
         "instance": instance,
         "request_id": request_id,
+        **error.members,
     }
 
 

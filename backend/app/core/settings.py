@@ -55,6 +55,13 @@ class Settings(BaseSettings):
             "`serve` refuses to start without one. From a file it is read again when the file changes."
         ),
     )
+    stripe_secret_key: SecretStr = Field(
+        SecretStr(""),
+        description="Reads against Stripe (`sk_...` or `rk_...`): settles what events alone leave open. Optional.",
+    )
+    stripe_api_base: str = Field(
+        "https://api.stripe.com", description="Where those reads go; can be pointed at a double."
+    )
     stripe_mode: Literal["test", "live"] = Field(
         "test",
         description="Which `livemode` this deployment grants for; the other is answered and counted, never granted.",

@@ -492,7 +492,7 @@ def _mona(now: int) -> Chapter:
         user_id="mona",
         title="subscribed at a price that no plan knows",
         events=tuple(pen.events),
-        status="active",
+        status="unmapped",
     )
 
 
@@ -514,11 +514,9 @@ def _nora(now: int) -> Chapter:
 
 def _rita(now: int) -> Chapter:
     pen = _Pen("rita", now)
-    changed = objects.customer(pen.customer, created=pen.days(-7))
-    pen.tell("customer.updated", changed, days=-7, outcome="ignored", reason="not_handled")
-    return Chapter(
-        user_id="rita", title="changed her address; nothing depends on it", events=tuple(pen.events)
-    )
+    coupon = {"id": "SPRING", "object": "coupon", "percent_off": 20, "valid": True}
+    pen.tell("coupon.created", coupon, days=-7, outcome="ignored", reason="not_handled")
+    return Chapter(user_id="rita", title="got a coupon; nothing depends on it", events=tuple(pen.events))
 
 
 _CHAPTERS = (

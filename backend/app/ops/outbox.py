@@ -152,6 +152,10 @@ class Relay:
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
+    def handle(self, kind: str, handler: Handler) -> None:
+        """Adds a handler that could only be built after this relay; before `start`."""
+        self._handlers[kind] = handler
+
     def start(self) -> None:
         """Begins to deliver, on the running loop."""
         if self._task is None:

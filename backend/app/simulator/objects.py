@@ -375,3 +375,48 @@ def customer(customer_id: str, *, created: int = 0) -> Json:
         "name": "A Buyer",
         "phone": None,
     }
+
+
+def dispute(
+    dispute_id: str,
+    *,
+    amount: int = 2999,
+    charge_id: str | None = None,
+    intent_id: str | None = None,
+    status: str = "needs_response",
+    created: int = 0,
+) -> Json:
+    """A dispute (docs.stripe.com/api/disputes/object)."""
+    return {
+        "id": dispute_id,
+        "object": "dispute",
+        "amount": amount,
+        "charge": charge_id,
+        "created": created,
+        "currency": "usd",
+        "is_charge_refundable": status.startswith("warning"),
+        "livemode": False,
+        "metadata": {},
+        "payment_intent": intent_id,
+        "reason": "fraudulent",
+        "status": status,
+    }
+
+
+def invoice_payment(
+    payment_id: str, *, invoice_id: str, intent_id: str, amount: int = 2999, created: int = 0
+) -> Json:
+    """What links an invoice to its payment since basil (docs.stripe.com/api/invoice-payment/object)."""
+    return {
+        "id": payment_id,
+        "object": "invoice_payment",
+        "amount_paid": amount,
+        "amount_requested": amount,
+        "created": created,
+        "currency": "usd",
+        "invoice": invoice_id,
+        "is_default": True,
+        "livemode": False,
+        "payment": {"payment_intent": intent_id, "type": "payment_intent"},
+        "status": "paid",
+    }

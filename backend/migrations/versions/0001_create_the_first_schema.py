@@ -63,6 +63,13 @@ def upgrade() -> None:
     op.create_index("ix_audit_logs_resource", "audit_logs", ["resource_type", "resource_id"], unique=False)
     op.create_index("ix_audit_logs_user_id", "audit_logs", ["user_id", "created_at"], unique=False)
     op.create_table(
+        "claim_link_uses",
+        sa.Column("link_id", sa.Text(), nullable=False),
+        sa.Column("user_id", sa.Text(), nullable=False),
+        sa.Column("used_at", INSTANT, nullable=False),
+        sa.PrimaryKeyConstraint("link_id", name="pk_claim_link_uses"),
+    )
+    op.create_table(
         "customer_ties",
         sa.Column("account", sa.Text(), nullable=False),
         sa.Column("livemode", sa.Boolean(), nullable=False),
@@ -93,6 +100,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("user_id", "version", name="pk_entitlement_history"),
     )
     op.create_table(
+        "facts",
+        sa.Column("account", sa.Text(), nullable=False),
+        sa.Column("livemode", sa.Boolean(), nullable=False),
+        sa.Column("subject_key", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("as_of", INSTANT, nullable=False),
+        sa.Column("event_id", sa.Text(), nullable=False),
+        sa.Column("body", JSON_DOCUMENT, nullable=False),
+        sa.PrimaryKeyConstraint(
+            "account", "livemode", "subject_key", "kind", "as_of", "event_id", name="pk_facts"
+        ),
+    )
+    op.create_table(
         "idempotency_keys",
         sa.Column("operation", sa.String(length=64), nullable=False),
         sa.Column("caller", sa.String(length=255), nullable=False),
@@ -109,6 +129,15 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("operation", "caller", "key", name="pk_idempotency_keys"),
     )
     op.create_index("ix_idempotency_keys_forget_after", "idempotency_keys", ["forget_after"], unique=False)
+    op.create_table(
+        "links",
+        sa.Column("account", sa.Text(), nullable=False),
+        sa.Column("livemode", sa.Boolean(), nullable=False),
+        sa.Column("child", sa.Text(), nullable=False),
+        sa.Column("parent", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("account", "livemode", "child", "parent", name="pk_links"),
+    )
+    op.create_index("ix_links_parent", "links", ["account", "livemode", "parent"], unique=False)
     op.create_table(
         "outbox",
         sa.Column("id", sa.String(length=36), nullable=False),
@@ -150,6 +179,7 @@ def upgrade() -> None:
         sa.Column("account", sa.Text(), nullable=False),
         sa.Column("livemode", sa.Boolean(), nullable=False),
         sa.Column("effect_key", sa.Text(), nullable=False),
+        sa.Column("subject_key", sa.Text(), nullable=True),
         sa.Column("occurred_at", INSTANT, nullable=False),
         sa.Column("created_at", INSTANT, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_payment_events"),
@@ -165,25 +195,20 @@ def upgrade() -> None:
         sqlite_where=sa.text("user_id IS NULL"),
     )
     op.create_index(
-        "ix_payment_events_unattributed_subscription",
+        "ix_payment_events_unattributed_subject",
         "payment_events",
-        ["account", "livemode", "subscription_id"],
+        ["account", "livemode", "subject_key"],
         unique=False,
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
     )
     op.create_index("ix_payment_events_user_id", "payment_events", ["user_id", "created_at"], unique=False)
     op.create_table(
-        "source_facts",
-        sa.Column("account", sa.Text(), nullable=False),
-        sa.Column("livemode", sa.Boolean(), nullable=False),
-        sa.Column("source_key", sa.Text(), nullable=False),
-        sa.Column("as_of", INSTANT, nullable=False),
-        sa.Column("event_id", sa.Text(), nullable=False),
-        sa.Column("body", JSON_DOCUMENT, nullable=False),
-        sa.PrimaryKeyConstraint(
-            "account", "livemode", "source_key", "as_of", "event_id", name="pk_source_facts"
-        ),
+        "server_keys",
+        sa.Column("purpose", sa.Text(), nullable=False),
+        sa.Column("random_bytes", sa.LargeBinary(), nullable=False),
+        sa.Column("created_at", INSTANT, nullable=False),
+        sa.PrimaryKeyConstraint("purpose", name="pk_server_keys"),
     )
     op.create_table(
         "sources",
@@ -236,13 +261,15 @@ def upgrade() -> None:
         sa.Column("user_id", sa.Text(), nullable=True),
         sa.Column("plan_code", sa.Text(), nullable=True),
         sa.Column("customer_id", sa.Text(), nullable=True),
-        sa.Column("source_key", sa.Text(), nullable=True),
+        sa.Column("subject_key", sa.Text(), nullable=True),
         sa.Column("answer", sa.Text(), nullable=True),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
         sa.Column("payload_sha256", sa.Text(), nullable=False),
         sa.Column("request_id", sa.Text(), nullable=True),
+        sa.Column("position", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("account", "livemode", "event_id", name="pk_webhook_events"),
     )
+    op.create_index("ix_webhook_events_position", "webhook_events", ["position"], unique=False)
     op.create_index("ix_webhook_events_received_at", "webhook_events", ["received_at"], unique=False)
     op.create_index("ix_webhook_events_user_id", "webhook_events", ["user_id", "received_at"], unique=False)
     op.create_index(
@@ -254,9 +281,9 @@ def upgrade() -> None:
         sqlite_where=sa.text("status = 'parked'"),
     )
     op.create_index(
-        "ix_webhook_events_waiting_source",
+        "ix_webhook_events_waiting_subject",
         "webhook_events",
-        ["account", "livemode", "source_key"],
+        ["account", "livemode", "subject_key"],
         unique=False,
         postgresql_where=sa.text("status = 'parked'"),
         sqlite_where=sa.text("status = 'parked'"),

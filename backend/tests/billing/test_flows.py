@@ -104,7 +104,7 @@ async def test_a_subscription_from_checkout_to_upgrade_to_the_end(service: Harne
     assert row == {"plan_code": "vip", "version": 3}
     lines = await service.rows("SELECT stripe_event_id, plan_code FROM payment_events WHERE user_id='user_1'")
     assert {line["stripe_event_id"]: line["plan_code"] for line in lines} == {
-        "evt_tie": None,
+        "evt_tie": "premium",
         "evt_1": "premium",
         "evt_2": "vip",
         "evt_3": "vip",

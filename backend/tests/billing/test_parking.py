@@ -201,6 +201,7 @@ async def test_an_unknown_price_is_applied_by_itself_once_a_new_catalog_knows_it
         assert row == {"user_id": "user_1", "plan_code": "premium"}
         assert (await after.entitlements("user_1"))["plan_code"] == "premium"
         assert await after.count("payment_events") == 2
+        assert await after.rows("SELECT plan_code FROM payment_events WHERE plan_code IS NULL") == []
         granted = await after.rows("SELECT action FROM audit_logs WHERE action = 'entitlement.granted'")
         assert len(granted) == 1
         assert await actions(after, "event.unparked") == [("user_1", "evt_1")]

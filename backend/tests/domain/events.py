@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from backend.app.billing.domain.catalog import Catalog, parse_catalog
-from backend.app.billing.domain.decide import Decision, Entitlement, State, decide, entitlement_of
-from backend.app.billing.domain.facts import SourceId
+from backend.app.billing.domain.decide import NO_USER, Decision, decide
+from backend.app.billing.domain.facts import SubjectId
+from backend.app.billing.domain.merge import Entitlement, entitlement_of
+from backend.app.billing.domain.state import State
 from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import StripeEvent, read_event
 from backend.app.main import SHIPPED_CATALOG
@@ -22,7 +25,7 @@ HOUR = 3600
 DAY = objects.DAY_SECONDS
 MONTH = objects.MONTH_SECONDS
 
-EMPTY = State(sources={}, ties={}, entitlements={})
+EMPTY = State()
 
 
 def shipped_catalog() -> Catalog:
@@ -63,31 +66,58 @@ def decided(
     return decide(catalog, state, happened.envelope, translation, now=now)
 
 
-def folded(
-    catalog: Catalog, events: Iterable[StripeEvent], *, now: datetime
-) -> tuple[State, dict[str, str | None]]:
-    """The state after all events, each claimed once by its id, and the ledger: effect keys with their users."""
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """What is kept after some events: `ledger` by effect key, `parked` what waits, by subject, and for what."""
+
+    state: State
+    ledger: Mapping[str, str | None]
+    parked: Mapping[str, str]
+
+
+def folded(catalog: Catalog, events: Iterable[StripeEvent], *, now: datetime) -> Folded:
+    """All events decided in this order, each claimed once by its id; the shell does the same with rows."""
     state = EMPTY
     claimed: set[tuple[str, bool, str]] = set()
     ledger: dict[str, str | None] = {}
+    parked: dict[str, tuple[Decision, str]] = {}
     for happened in events:
         envelope = happened.envelope
         name = (envelope.account, envelope.livemode, envelope.id)
-        if name in claimed:
+        if name in claimed or translate(happened) is None:
             continue
         claimed.add(name)
         state, decision = decided(catalog, state, happened, now=now)
         for payment in decision.payments:
             ledger.setdefault(payment.fact.effect_key, payment.user_id)
-    return state, ledger
+        if decision.reason is not None:
+            parked[envelope.id] = decision, decision.reason
+        for waiting in decision.waiting:
+            for event_id, (waits, _) in list(parked.items()):
+                if waits.subject not in waiting.subjects:
+                    continue
+                if waiting.reason is None:
+                    del parked[event_id]
+                else:
+                    parked[event_id] = waits, waiting.reason
+        tied = {attribution.customer for attribution in decision.attributions if attribution.customer}
+        parked = {
+            event_id: (waits, reason)
+            for event_id, (waits, reason) in parked.items()
+            if not (waits.customer in tied and reason == NO_USER)
+        }
+    return Folded(
+        state=state,
+        ledger=ledger,
+        parked={str(waits.subject or event_id): reason for event_id, (waits, reason) in parked.items()},
+    )
 
 
-def owners(state: State) -> Mapping[SourceId, str | None]:
-    return {source.id: source.user_id for source in state.sources.values()}
+def owners(state: State) -> Mapping[SubjectId, str | None]:
+    return {source_id: owned.user_id for source_id, owned in state.sources.items()}
 
 
 def access_of(catalog: Catalog, state: State, user_id: str, *, now: datetime) -> Entitlement:
     """A user's access, computed anew from their sources; what has occurred is in force."""
-    mine = [source for source in state.sources.values() if source.user_id == user_id]
-    newest = max([now, *(fact.as_of for source in mine for fact in source.facts)])
-    return entitlement_of(catalog, user_id, mine, at=newest)
+    newest = max(now, state.newest_as_of(user_id) or now)
+    return entitlement_of(catalog, user_id, state.readings_of(catalog, user_id), at=newest)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from backend.app.billing.domain.access import KNOWN_STATUSES, Reading, read_source
+from backend.app.billing.domain.access import Reading
+from backend.app.billing.domain.subscriptions import KNOWN_STATUSES
 from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.simulator import objects
 from backend.tests.domain.events import (
@@ -33,13 +34,15 @@ def updated(event_id: str, *, after: int, **changes: Any) -> StripeEvent:
 
 def reading_of(*events: StripeEvent) -> Reading:
     """What the one source that these events are about comes to."""
-    state, _ = folded(CATALOG, events, now=at(0))
-    (source,) = state.sources.values()
-    return read_source(CATALOG, source)
+    state = folded(CATALOG, events, now=at(0)).state
+    (source_id,) = state.sources
+    reading = state.reading(CATALOG, source_id)
+    assert reading is not None
+    return reading
 
 
 def given(reading: Reading) -> list[tuple[str, datetime | None]]:
-    return [(access.plan.code, access.ends_at) for access in reading.accesses]
+    return [(access.plan.code if access.plan else "none", access.ends_at) for access in reading.accesses]
 
 
 def line_items(*prices: dict[str, Any]) -> dict[str, Any]:
@@ -179,10 +182,10 @@ def test_an_unknown_price_does_not_harm_the_other_items() -> None:
     assert reading.unknown == ("unknown_price:gold_monthly",)
 
 
-def test_a_price_without_any_name_is_unknown() -> None:
+def test_a_price_without_any_name_names_no_plan() -> None:
     content = subscription(prices=[{}])
     reading = reading_of(event("evt_1", "customer.subscription.updated", content))
-    assert reading.unknown == ("unknown_price:unnamed price",)
+    assert reading.unknown == ("unknown_plan:none named",)
 
 
 @pytest.mark.parametrize(

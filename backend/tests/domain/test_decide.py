@@ -7,16 +7,10 @@ from typing import Any
 
 import pytest
 
-from backend.app.billing.domain.decide import (
-    NO_SOURCE_STATUS,
-    Attribution,
-    Change,
-    Decision,
-    State,
-    Status,
-    entitlement_of,
-)
-from backend.app.billing.domain.facts import CustomerId, SourceId
+from backend.app.billing.domain.decide import Attribution, Change, Decision, Status
+from backend.app.billing.domain.facts import CustomerId, SubjectId
+from backend.app.billing.domain.merge import NO_SOURCE_STATUS, entitlement_of
+from backend.app.billing.domain.state import State
 from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.simulator import objects
 from backend.tests.domain.events import (
@@ -35,7 +29,7 @@ from backend.tests.domain.events import (
 )
 
 CATALOG = shipped_catalog()
-SUB_1 = SourceId("", False, "sub:sub_1")
+SUB_1 = SubjectId("", False, "sub:sub_1")
 CUS_1 = CustomerId("", False, "cus_1")
 
 
@@ -214,7 +208,7 @@ def test_of_equal_plans_the_longer_speaks_for_the_user() -> None:
 
 def test_a_customers_later_subscription_belongs_to_the_user_it_is_tied_to() -> None:
     state, decisions = run([tie(), updated("evt_2", subscription_id="sub_2", after=1)])
-    assert owners(state)[SourceId("", False, "sub:sub_2")] == "user_1"
+    assert owners(state)[SubjectId("", False, "sub:sub_2")] == "user_1"
     assert decisions[1].user_id == "user_1"
 
 
@@ -222,7 +216,7 @@ def test_metadata_of_the_subscription_beats_the_customers_user() -> None:
     state, (_, decision) = run(
         [tie(), updated("evt_2", subscription_id="sub_2", metadata={"user_id": "user_2"}, after=1)]
     )
-    assert owners(state)[SourceId("", False, "sub:sub_2")] == "user_2"
+    assert owners(state)[SubjectId("", False, "sub:sub_2")] == "user_2"
     assert decision.user_id == "user_2"
 
 
@@ -234,8 +228,8 @@ def test_a_conflicting_tie_moves_nobody_and_the_owner_hears_of_it() -> None:
     assert decisions[2].notices[0].text.endswith("holds: user user_1.")
     assert owners(state) == {
         SUB_1: "user_1",
-        SourceId("", False, "sub:sub_2"): "user_2",
-        SourceId("", False, "sub:sub_3"): "user_1",
+        SubjectId("", False, "sub:sub_2"): "user_2",
+        SubjectId("", False, "sub:sub_3"): "user_1",
     }
 
 
@@ -270,9 +264,9 @@ def test_the_same_names_in_another_account_or_mode_are_others() -> None:
     ]
     state, decisions = run(events)
     assert owners(state) == {
-        SourceId("", False, "sub:sub_1"): "user_0",
-        SourceId("acct_1", False, "sub:sub_1"): "user_1",
-        SourceId("", True, "sub:sub_1"): "user_2",
+        SubjectId("", False, "sub:sub_1"): "user_0",
+        SubjectId("acct_1", False, "sub:sub_1"): "user_1",
+        SubjectId("", True, "sub:sub_1"): "user_2",
     }
     assert all(decision.status is Status.SUCCESS and not decision.notices for decision in decisions)
 
@@ -341,9 +335,9 @@ def test_a_subscription_parked_for_its_user_is_granted_by_the_checkout_that_ties
     assert [(change.after.user_id, change.after.plan_code) for change in tied.changes] == [
         ("user_1", "premium")
     ]
-    assert [(waiting.source, waiting.reason) for waiting in tied.waiting] == [(SUB_1, None)]
+    assert [(waiting.subjects, waiting.reason) for waiting in tied.waiting] == [((SUB_1,), None)]
     assert tied.attributions == (
-        Attribution(user_id="user_1", source=SUB_1),
+        Attribution(user_id="user_1", subjects=(SUB_1,)),
         Attribution(user_id="user_1", customer=CUS_1),
     )
     assert owners(state) == {SUB_1: "user_1"}
@@ -351,9 +345,9 @@ def test_a_subscription_parked_for_its_user_is_granted_by_the_checkout_that_ties
 
 def test_a_tie_attributes_all_sources_of_its_customer() -> None:
     _, decisions = run([updated("evt_1"), updated("evt_2", subscription_id="sub_2"), tie()])
-    assert {attribution.source for attribution in decisions[2].attributions if attribution.source} == {
+    assert {subject for attribution in decisions[2].attributions for subject in attribution.subjects} == {
         SUB_1,
-        SourceId("", False, "sub:sub_2"),
+        SubjectId("", False, "sub:sub_2"),
     }
 
 
@@ -388,7 +382,7 @@ def test_a_ledger_line_carries_its_user_and_plan() -> None:
     _, decisions = run([updated("evt_1", metadata={"user_id": "user_1"}), invoice()])
     (payment,) = decisions[1].payments
     assert (payment.user_id, payment.plan_code) == ("user_1", "premium")
-    assert (decisions[1].source, decisions[1].customer) == (SUB_1, CUS_1)
+    assert (decisions[1].subject, decisions[1].customer) == (SubjectId("", False, "in:in_1"), CUS_1)
 
 
 def test_money_names_its_user_itself_where_nothing_else_is_known() -> None:
@@ -416,4 +410,4 @@ def test_an_event_that_is_decided_again_changes_nothing() -> None:
     happened = updated("evt_1", metadata={"user_id": "user_1"})
     state, (_, again) = run([happened, happened])
     assert (again.status, again.changes, again.attributions) == (Status.SUCCESS, (), ())
-    assert len(state.sources[SUB_1].facts) == 1
+    assert len(state.facts[SUB_1]) == 1

@@ -75,8 +75,8 @@ def charge(tag: str, *, customer: str) -> bytes:
 
 def ignored(tag: str) -> bytes:
     """An event on which nothing here depends."""
-    content = {"id": f"cus_{tag}", "object": "customer", "email": "buyer@example.com"}
-    return wire(objects.event(f"evt_{tag}", "customer.updated", content, created=EPOCH))
+    content = {"id": f"coupon_{tag}", "object": "coupon", "percent_off": 20}
+    return wire(objects.event(f"evt_{tag}", "coupon.created", content, created=EPOCH))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,10 @@ Row = dict[str, Any]
 # random ids, and what is derived from them or from the tag.
 TABLES: dict[str, tuple[str, set[str]]] = {
     "webhook_claims": ("event_id", set()),
-    "webhook_events": ("event_id", {"request_id", "payload_sha256"}),
+    "webhook_events": ("event_id", {"request_id", "payload_sha256", "position"}),
     "sources": ("source_key", set()),
-    "source_facts": ("event_id", set()),
+    "facts": ("event_id", set()),
+    "links": ("child", set()),
     "customer_ties": ("customer_id", set()),
     "user_entitlements": ("user_id", {"id"}),
     "entitlement_history": ("user_id", set()),

@@ -135,5 +135,5 @@ async def test_two_hundred_events_of_one_user_at_once_end_like_one_after_the_oth
         [row[name] for name in told] for row in sequential_history
     ]
     assert len(history) > 2, "the events must compete"
-    for table in ("payment_events", "source_facts", "sources", "customer_ties"):
+    for table in ("payment_events", "facts", "sources", "customer_ties"):
         assert len(parallel[table]) == len(sequential[table]), table

@@ -15,7 +15,21 @@ from backend.tests.support.servers import ValkeyServer
 
 # Every way in. A new one is added here on purpose, after asking who may use it.
 ROUTES = {
+    ("DELETE", "/api/v1/users/{user_id}/grants/{grant_id}"),
+    ("GET", "/api/v1/audit"),
+    ("GET", "/api/v1/events"),
+    ("GET", "/api/v1/events/parked"),
+    ("GET", "/api/v1/payments"),
+    ("GET", "/api/v1/users/{user_id}/grants"),
+    ("POST", "/api/v1/claim-links"),
+    ("POST", "/api/v1/claims/{token}"),
+    ("POST", "/api/v1/events/reprocess-parked"),
+    ("POST", "/api/v1/events/{event_id}/reprocess"),
+    ("POST", "/api/v1/users/{user_id}/claims"),
+    ("POST", "/api/v1/users/{user_id}/grants"),
     ("GET", "/api/v1/entitlements/{user_id}"),
+    ("GET", "/api/v1/entitlements/{user_id}/history"),
+    ("GET", "/api/v1/entitlements/{user_id}/{feature}"),
     ("GET", "/livez"),
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
@@ -23,6 +37,8 @@ ROUTES = {
     ("GET", "/readyz"),
     ("HEAD", "/openapi.json"),
     ("POST", "/api/v1/billing/webhooks"),
+    ("POST", "/ofrep/v1/evaluate/flags"),
+    ("POST", "/ofrep/v1/evaluate/flags/{key}"),
 }
 NEEDS_NO_KEY = {
     "/livez",

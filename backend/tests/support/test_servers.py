@@ -29,8 +29,8 @@ from backend.tests.support.server_process import LOOPBACK, ServerFailed, free_po
 from backend.tests.support.servers import CONNECTIONS_MAX, PostgresServer, ValkeyServer
 
 REPOSITORY = Path(__file__).parents[3]
-# The promise to a developer who kills a test run: nothing of it is left behind two seconds later.
-GONE_SECONDS_MAX = 2
+# A developer who kills a test run is left with nothing of it: at once, or a moment later where the machine is busy.
+GONE_SECONDS_MAX = 6
 
 OWNER_PROGRAM = """
 import sys, time

@@ -8,37 +8,31 @@ their decisions in one transaction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 
-from backend.app.billing.domain.access import (
-    KNOWN_STATUSES,
-    Access,
-    Reading,
-    Source,
-    bound_user,
-    owner,
-    read_source,
-    resolve_plan,
-)
-from backend.app.billing.domain.catalog import Catalog, FeatureValue, Plan
+from backend.app.billing.domain.access import Reading
+from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.facts import (
+    CheckoutFact,
     CustomerId,
     Event,
+    Fact,
     PaymentFact,
-    PriceRef,
-    SourceFact,
-    SourceId,
+    SubjectId,
     SubscriptionFact,
     Tie,
     Translation,
-    source_key,
+    prices_of,
 )
+from backend.app.billing.domain.merge import Entitlement, entitlement_of, live_accesses
+from backend.app.billing.domain.pricing import NO_PLAN_NAMED, resolve_plan
+from backend.app.billing.domain.state import Owned, State
+from backend.app.billing.domain.subscriptions import KNOWN_STATUSES
+from backend.app.billing.domain.timeline import is_settled
 
-# The status of a user from whom nothing was ever heard.
-NO_SOURCE_STATUS = "none"
 NO_USER = "unknown_user"
 
 
@@ -60,28 +54,6 @@ class Change(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entitlement:
-    """What a user may do: the plan in front, every feature's value, and until when this answer holds."""
-
-    user_id: str
-    plan_code: str
-    status: str
-    features: Mapping[str, FeatureValue]
-    valid_until: datetime | None
-    activated_at: datetime | None = None
-    version: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """All that a decision may look at. Complete for the customers and users that its events concern."""
-
-    sources: Mapping[SourceId, Source]
-    ties: Mapping[CustomerId, frozenset[Tie]]
-    entitlements: Mapping[str, Entitlement]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EntitlementChange:
     """A user's entitlements before and after an event."""
 
@@ -95,24 +67,25 @@ class Payment:
     """A ledger line with its user and plan, as far as they are known."""
 
     fact: PaymentFact
+    subject: SubjectId | None
     user_id: str | None
     plan_code: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """From now on what waits for this source, or else for this customer, belongs to `user_id`."""
+    """From now on what waits for these subjects, or else for this customer, belongs to `user_id`."""
 
     user_id: str
-    source: SourceId | None = None
+    subjects: tuple[SubjectId, ...] = ()
     customer: CustomerId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """What the parked events of a source wait for now; None when they wait no longer."""
+    """What the parked events of a source wait for now; `reason` is None when they wait no longer."""
 
-    source: SourceId
+    subjects: tuple[SubjectId, ...]
     user_id: str | None
     plan_code: str | None
     reason: str | None
@@ -127,6 +100,16 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reread:
+    """An object whose events leave something open that Stripe itself could tell; `kind` is sub or cs."""
+
+    account: str
+    livemode: bool
+    kind: str
+    object_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """Everything that follows from one event."""
 
@@ -134,65 +117,55 @@ class Decision:
     reason: str | None = None
     user_id: str | None = None
     plan_code: str | None = None
-    source: SourceId | None = None
+    subject: SubjectId | None = None
     customer: CustomerId | None = None
-    facts: tuple[tuple[SourceId, SourceFact], ...] = ()
-    sources: tuple[Source, ...] = ()
+    facts: tuple[tuple[SubjectId, Fact], ...] = ()
+    links: tuple[tuple[SubjectId, SubjectId], ...] = ()
+    sources: tuple[tuple[SubjectId, Owned], ...] = ()
     ties: tuple[tuple[CustomerId, Tie], ...] = ()
     payments: tuple[Payment, ...] = ()
     changes: tuple[EntitlementChange, ...] = ()
     attributions: tuple[Attribution, ...] = ()
     waiting: tuple[Waiting, ...] = ()
     notices: tuple[Notice, ...] = ()
+    rereads: tuple[Reread, ...] = ()
 
 
 def decide(
     catalog: Catalog, state: State, event: Event, translation: Translation, *, now: datetime
 ) -> tuple[State, Decision]:
     """The state after an event and everything that follows from it."""
-    state, tied = _with_ties(state, event, translation.ties)
-    state, facts = _with_facts(state, event, translation.facts)
-    touched = {source_id for source_id, _ in facts}
-    touched |= {
-        source.id
-        for source in state.sources.values()
-        if source.customer_id is not None
-        and CustomerId(source.id.account, source.id.livemode, source.customer_id) in tied
-    }
+    scope = _Scope(event)
+    facts = [(scope.subject(about.key), about.fact) for about in translation.facts]
+    links = [(scope.subject(link.child), scope.subject(link.parent)) for link in translation.links]
+    state, tied = _with_ties(state, scope, translation.ties)
+    state = state.with_parents(links).with_facts(dict(facts))
+    touched = _touched(state, scope, facts, links, tied)
     state, moved, concerned = _with_owners(state, touched)
     state, changes = _with_entitlements(catalog, state, event, concerned, now)
 
-    source = _source_of(event, translation)
-    customer = _customer_of(event, translation)
+    subject = scope.subject(translation.subject) if translation.subject is not None else None
+    customer = scope.customer(translation.customer_id) if translation.customer_id is not None else None
+    source = _source_behind(state, subject)
+    reading = state.reading(catalog, source) if source is not None else None
     user_id = _user_of(state, translation, source, customer)
-    reading = read_source(catalog, state.sources[source]) if source in state.sources and source else None
     plan_code = _plan_code_of(catalog, translation, reading)
-    reason = _reason_to_park(translation, reading, user_id)
-    attributions = [
-        Attribution(user_id=user, source=moved_source.id)
-        for moved_source in moved
-        if (user := moved_source.user_id) is not None
-    ]
-    attributions += [
-        Attribution(user_id=user, customer=customer_id)
-        for customer_id in sorted(tied)
-        if (user := bound_user(state.ties[customer_id])) is not None
-    ]
+    reason = _reason_to_park(translation, reading, user_id, sells=source is not None and source == subject)
     return state, Decision(
         status=Status.PARKED if reason else Status.SUCCESS,
         reason=reason,
         user_id=user_id,
         plan_code=plan_code,
-        source=source,
+        subject=subject,
         customer=customer,
         facts=tuple(facts),
-        sources=tuple(state.sources[source_id] for source_id in sorted(touched)),
-        ties=tuple(
-            (CustomerId(event.account, event.livemode, tie.customer_id), tie) for tie in translation.ties
-        ),
+        links=tuple(links),
+        sources=tuple((source_id, state.sources[source_id]) for source_id in sorted(touched)),
+        ties=tuple((scope.customer(tie.customer_id), tie) for tie in translation.ties),
         payments=tuple(
             Payment(
                 fact=fact,
+                subject=subject,
                 user_id=fact.metadata_user_id or user_id,
                 # Its price, if mapped; metadata beside it may be older than the source's own plan.
                 plan_code=_payment_plan(catalog, replace(fact, metadata_plan_code=None)) or plan_code,
@@ -200,116 +173,81 @@ def decide(
             for fact in translation.payments
         ),
         changes=tuple(changes),
-        attributions=tuple(attributions),
+        attributions=tuple(_attributions(state, moved, tied, links)),
         waiting=tuple(_waiting(catalog, state, touched)),
-        notices=tuple(_notices(state, event, translation, reason)),
+        notices=(
+            *_notices(state, scope, translation, reason),
+            *_duplicate_plans(catalog, state, concerned, now),
+        ),
+        rereads=tuple(_rereads(state, facts, reason)),
     )
 
 
-def entitlement_of(
-    catalog: Catalog,
-    user_id: str,
-    sources: Iterable[Source],
-    *,
-    at: datetime,
-    version: int = 0,
-    activated_at: datetime | None = None,
-) -> Entitlement:
-    """What a user may do at an instant, merged from all of their sources."""
-    # In the order of their names: of two that are equal in all that counts, the same one always speaks.
-    readings = [read_source(catalog, source) for source in sorted(sources, key=lambda source: source.id)]
-    accesses = [access for reading in readings for access in reading.accesses]
-    answer = _merged(catalog, readings, accesses, at)
-    boundaries = sorted(
-        {
-            boundary
-            for access in accesses
-            for boundary in (access.starts_at, access.ends_at)
-            if boundary is not None and boundary > at
-        }
-    )
-    valid_until = next(
-        (boundary for boundary in boundaries if _merged(catalog, readings, accesses, boundary) != answer),
-        None,
-    )
-    plan, status, features = answer
-    return Entitlement(
-        user_id=user_id,
-        plan_code=plan.code,
-        status=status,
-        features=features,
-        valid_until=valid_until,
-        activated_at=activated_at,
-        version=version,
-    )
+class _Scope:
+    """Turns the keys of one event into names that hold across accounts and modes."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def subject(self, key: str) -> SubjectId:
+        return SubjectId(self.event.account, self.event.livemode, key)
+
+    def customer(self, customer_id: str) -> CustomerId:
+        return CustomerId(self.event.account, self.event.livemode, customer_id)
 
 
-def _merged(
-    catalog: Catalog, readings: Sequence[Reading], accesses: Sequence[Access], at: datetime
-) -> tuple[Plan, str, dict[str, FeatureValue]]:
-    live = [access for access in accesses if access.is_live(at)]
-    if live:
-        # Of equal plans the one that lasts longest speaks for the user.
-        first = max(live, key=lambda access: (access.plan.rank, access.ends_at is None, access.ends_at or at))
-        return first.plan, first.status, catalog.merge([access.plan for access in live])
-    newest = max(readings, key=lambda reading: reading.as_of, default=None)
-    if newest is None:
-        status = NO_SOURCE_STATUS
-    elif newest.accesses:
-        status = "expired"
-    else:
-        status = newest.status
-    return catalog.default_plan, status, catalog.merge([])
-
-
-def _with_ties(state: State, event: Event, new: Sequence[Tie]) -> tuple[State, set[CustomerId]]:
+def _with_ties(state: State, scope: _Scope, new: Sequence[Tie]) -> tuple[State, set[CustomerId]]:
     """The state with more ties, and the customers whose user is another than before."""
     ties = dict(state.ties)
     for tie in new:
-        customer = CustomerId(event.account, event.livemode, tie.customer_id)
+        customer = scope.customer(tie.customer_id)
         ties[customer] = ties.get(customer, frozenset()) | {tie}
+    after = replace(state, ties=ties)
     tied = {
-        customer
-        for customer, known in ties.items()
-        if bound_user(known) != bound_user(state.ties.get(customer, frozenset()))
+        customer for customer in ties if after.user_of_customer(customer) != state.user_of_customer(customer)
     }
-    return replace(state, ties=ties), tied
+    return after, tied
 
 
-def _with_facts(
-    state: State, event: Event, new: Sequence[SourceFact]
-) -> tuple[State, list[tuple[SourceId, SourceFact]]]:
-    sources = dict(state.sources)
-    added: list[tuple[SourceId, SourceFact]] = []
-    for fact in new:
-        source_id = SourceId(event.account, event.livemode, source_key(fact))
-        known = sources.get(source_id)
-        if known is not None and any(fact.event_id == old.event_id for old in known.facts):
-            # Decided on before: the event is processed again.
-            added.append((source_id, fact))
-            continue
-        sources[source_id] = Source(
-            id=source_id,
-            customer_id=(known.customer_id if known else None) or fact.customer_id,
-            user_id=known.user_id if known else None,
-            facts=(*(known.facts if known else ()), fact),
+def _touched(
+    state: State,
+    scope: _Scope,
+    facts: Iterable[tuple[SubjectId, Fact]],
+    links: Iterable[tuple[SubjectId, SubjectId]],
+    tied: set[CustomerId],
+) -> set[SubjectId]:
+    """The sources whose meaning or owner may be another than before."""
+    subjects = {subject for subject, _ in facts} | {subject for link in links for subject in link}
+    reached = state.above(subjects)
+    customers = {subject.object_id for subject in reached if subject.kind == "cus"}
+    return {
+        source_id
+        for source_id, owned in state.sources.items()
+        if source_id in reached
+        or (
+            owned.customer_id is not None
+            and (
+                CustomerId(source_id.account, source_id.livemode, owned.customer_id) in tied
+                or (
+                    owned.customer_id in customers
+                    and source_id[:2] == (scope.event.account, scope.event.livemode)
+                )
+            )
         )
-        added.append((source_id, fact))
-    return replace(state, sources=sources), added
+    }
 
 
-def _with_owners(state: State, touched: Iterable[SourceId]) -> tuple[State, list[Source], set[str]]:
+def _with_owners(state: State, touched: Iterable[SubjectId]) -> tuple[State, list[SubjectId], set[str]]:
     """The state with each touched source at its owner; the sources that moved; the users concerned."""
     sources = dict(state.sources)
-    moved: list[Source] = []
+    moved: list[SubjectId] = []
     concerned: set[str] = set()
     for source_id in sorted(touched):
-        source = sources[source_id]
-        user_id = owner(source, state.ties)
-        concerned |= {user for user in (source.user_id, user_id) if user is not None}
-        if user_id != source.user_id:
-            sources[source_id] = replace(source, user_id=user_id)
-            moved.append(sources[source_id])
+        before, after = sources[source_id].user_id, state.owner_of(source_id)
+        concerned |= {user for user in (before, after) if user is not None}
+        if after != before:
+            sources[source_id] = replace(sources[source_id], user_id=after)
+            moved.append(source_id)
     return replace(state, sources=sources), moved, concerned
 
 
@@ -319,12 +257,11 @@ def _with_entitlements(
     entitlements = dict(state.entitlements)
     changes: list[EntitlementChange] = []
     for user_id in sorted(users):
-        owned = [source for source in state.sources.values() if source.user_id == user_id]
         # What has occurred is in force, also where our clock is a little behind Stripe's.
-        at = max([now, *(fact.as_of for source in owned for fact in source.facts)])
-        after = entitlement_of(catalog, user_id, owned, at=at)
+        at = max(now, state.newest_as_of(user_id) or now)
+        after = entitlement_of(catalog, user_id, state.readings_of(catalog, user_id), at=at)
         before = entitlements.get(user_id)
-        kind = _kind_of_change(catalog, before, after)
+        kind = kind_of_change(catalog, before, after)
         if kind is None:
             continue
         same_plan = before is not None and before.plan_code == after.plan_code
@@ -338,7 +275,8 @@ def _with_entitlements(
     return replace(state, entitlements=entitlements), changes
 
 
-def _kind_of_change(catalog: Catalog, before: Entitlement | None, after: Entitlement) -> Change | None:
+def kind_of_change(catalog: Catalog, before: Entitlement | None, after: Entitlement) -> Change | None:
+    """What to call the difference between two states of a user, or None where there is none."""
     default = catalog.default_plan.code
     if before is None:
         return Change.CHANGED if after.plan_code == default else Change.GRANTED
@@ -346,36 +284,29 @@ def _kind_of_change(catalog: Catalog, before: Entitlement | None, after: Entitle
         if after.plan_code == default:
             return Change.REVOKED
         return Change.GRANTED if before.plan_code == default else Change.CHANGED
-    if before.features != after.features or before.status != after.status:
+    if dict(before.features) != dict(after.features) or before.status != after.status:
         return Change.CHANGED
     return Change.EXTENDED if before.valid_until != after.valid_until else None
 
 
-def _source_of(event: Event, translation: Translation) -> SourceId | None:
-    if translation.facts:
-        return SourceId(event.account, event.livemode, source_key(translation.facts[0]))
-    if translation.subscription_id is not None:
-        return SourceId(event.account, event.livemode, f"sub:{translation.subscription_id}")
-    return None
-
-
-def _customer_of(event: Event, translation: Translation) -> CustomerId | None:
-    if translation.customer_id is None:
+def _source_behind(state: State, subject: SubjectId | None) -> SubjectId | None:
+    """The source that an event's subject is, or bears on."""
+    if subject is None:
         return None
-    return CustomerId(event.account, event.livemode, translation.customer_id)
+    found = [candidate for candidate in state.above({subject}) if candidate in state.sources]
+    # A part of another is not what access rests on; of several the choice is the same each time.
+    return min(found, key=lambda candidate: (bool(state.parents.get(candidate)), candidate), default=None)
 
 
 def _user_of(
-    state: State, translation: Translation, source: SourceId | None, customer: CustomerId | None
+    state: State, translation: Translation, source: SubjectId | None, customer: CustomerId | None
 ) -> str | None:
-    if source is not None and source in state.sources:
-        known = state.sources[source].user_id
-        if known is not None:
-            return known
+    if source is not None and state.sources[source].user_id is not None:
+        return state.sources[source].user_id
     if translation.ties:
         return min(translation.ties, key=lambda tie: tie.strength).user_id
     if customer is not None:
-        known = bound_user(state.ties.get(customer, frozenset()))
+        known = state.user_of_customer(customer)
         if known is not None:
             return known
     return next((fact.metadata_user_id for fact in translation.payments if fact.metadata_user_id), None)
@@ -385,11 +316,10 @@ def _plan_code_of(catalog: Catalog, translation: Translation, reading: Reading |
     """The plan an event is about: what its source gives, else what it names itself."""
     if reading is not None and reading.plan is not None:
         return reading.plan.code
-    for fact in translation.facts:
-        entries = fact.items if isinstance(fact, SubscriptionFact) else fact.lines
-        prices: list[PriceRef | None] = [entry.price for entry in entries]
-        for price in prices or [None]:
-            plan = resolve_plan(catalog, price, fact.metadata_plan_code)
+    for about in translation.facts:
+        hint = getattr(about.fact, "metadata_plan_code", None)
+        for price in prices_of(about.fact) or (None,):
+            plan = resolve_plan(catalog, price, hint)
             if plan is not None:
                 return plan.code
     codes = (_payment_plan(catalog, fact) for fact in translation.payments)
@@ -401,53 +331,117 @@ def _payment_plan(catalog: Catalog, fact: PaymentFact) -> str | None:
     return plan.code if plan else None
 
 
-def _reason_to_park(translation: Translation, reading: Reading | None, user_id: str | None) -> str | None:
-    """What is missing before the access that should follow from this event can follow, or None."""
+def _reason_to_park(
+    translation: Translation, reading: Reading | None, user_id: str | None, *, sells: bool
+) -> str | None:
+    """What is missing before the access that should follow from this event can follow, or None.
+
+    Only an event that `sells`, one of the source itself, waits for a price or plan to be known.
+    """
     if not translation.expects_access:
         return None
     if user_id is None and (reading is None or reading.wants_user):
         return NO_USER
-    if translation.facts and reading is not None and reading.unknown:
+    if sells and reading is not None and reading.unknown:
         return reading.unknown[0]
     return None
 
 
-def _waiting(catalog: Catalog, state: State, touched: Iterable[SourceId]) -> Iterable[Waiting]:
+def _attributions(
+    state: State,
+    moved: Iterable[SubjectId],
+    tied: Iterable[CustomerId],
+    links: Iterable[tuple[SubjectId, SubjectId]],
+) -> Iterable[Attribution]:
+    """Whose the lines and events are that waited for a user, now that a source or a customer has one."""
+    newly_linked = {
+        source_id for _, parent in links for source_id in state.above({parent}) if source_id in state.sources
+    }
+    for source_id in sorted({*moved, *newly_linked}):
+        user_id = state.sources[source_id].user_id
+        if user_id is not None:
+            yield Attribution(user_id=user_id, subjects=tuple(state.below({source_id})))
+    for customer in sorted(tied):
+        user_id = state.user_of_customer(customer)
+        if user_id is not None:
+            yield Attribution(user_id=user_id, customer=customer)
+
+
+def _waiting(catalog: Catalog, state: State, touched: Iterable[SubjectId]) -> Iterable[Waiting]:
     for source_id in sorted(touched):
-        source = state.sources[source_id]
-        reading = read_source(catalog, source)
-        nobody = reading.wants_user and source.user_id is None
+        reading = state.reading(catalog, source_id)
+        if reading is None:
+            continue
+        user_id = state.sources[source_id].user_id
+        plan_code = reading.plan.code if reading.plan else None
+        nobody = NO_USER if reading.wants_user and user_id is None else None
         yield Waiting(
-            source=source_id,
-            user_id=source.user_id,
-            plan_code=reading.plan.code if reading.plan else None,
-            reason=NO_USER if nobody else next(iter(reading.unknown), None),
+            subjects=(source_id,),
+            user_id=user_id,
+            plan_code=plan_code,
+            reason=nobody or next(iter(reading.unknown), None),
         )
+        # What only bears on a source sells nothing itself, so it never waits for a price.
+        parts = tuple(subject for subject in state.below({source_id}) if subject != source_id)
+        if parts:
+            yield Waiting(subjects=parts, user_id=user_id, plan_code=plan_code, reason=nobody)
 
 
-def _notices(state: State, event: Event, translation: Translation, reason: str | None) -> Iterable[Notice]:
+def _notices(state: State, scope: _Scope, translation: Translation, reason: str | None) -> Iterable[Notice]:
+    event = scope.event
     for tie in translation.ties:
-        customer = CustomerId(event.account, event.livemode, tie.customer_id)
+        customer = scope.customer(tie.customer_id)
         if any(known.user_id != tie.user_id for known in state.ties[customer]):
             yield Notice(
                 key=f"tie:{customer}:{tie.user_id}",
                 text=f"Customer {tie.customer_id} is claimed for several users; event {event.id} names "
                 f"{tie.user_id}. The strongest, then the earliest claim holds: user "
-                f"{bound_user(state.ties[customer])}.",
+                f"{state.user_of_customer(customer)}.",
             )
-    for fact in translation.facts:
-        if isinstance(fact, SubscriptionFact) and fact.status not in KNOWN_STATUSES:
+    for about in translation.facts:
+        if isinstance(about.fact, SubscriptionFact) and about.fact.status not in KNOWN_STATUSES:
             yield Notice(
-                key=f"status:{fact.status}",
-                text=f"Subscription {fact.subscription_id} has the unknown status {fact.status!r} "
-                f"(event {event.id}). Its last known state is kept.",
+                key=f"status:{about.fact.status}",
+                text=f"Subscription {about.fact.subscription_id} has the unknown status "
+                f"{about.fact.status!r} (event {event.id}). Its last known state is kept.",
             )
+    for alert in translation.alerts:
+        yield Notice(key=f"event:{event.account}:{event.livemode}:{event.id}:{alert}", text=alert)
     if reason is not None:
-        subject = (
-            (translation.customer_id or translation.subscription_id or event.id) if reason == NO_USER else ""
-        )
+        subject = (translation.customer_id or translation.subject or event.id) if reason == NO_USER else ""
         yield Notice(
             key=f"parked:{event.account}:{event.livemode}:{reason}:{subject}",
             text=f"Event {event.id} ({event.type}) is parked: {reason} {subject}".rstrip()
             + ". Nobody was granted anything by it; it is kept and applied once the missing piece is known.",
         )
+
+
+def _duplicate_plans(catalog: Catalog, state: State, users: Iterable[str], now: datetime) -> Iterable[Notice]:
+    """Users who pay twice for one plan: they have it once, and the owner should hear of it."""
+    for user_id in sorted(users):
+        payers: dict[str, set[SubjectId]] = {}
+        for access in live_accesses(state.readings_of(catalog, user_id), now):
+            if access.source.kind == "sub" and access.plan is not None:
+                payers.setdefault(access.plan.code, set()).add(access.source)
+        for plan_code, paying in sorted(payers.items()):
+            if len(paying) > 1:
+                names = ", ".join(source.object_id for source in sorted(paying))
+                yield Notice(
+                    key=f"duplicate:{user_id}:{plan_code}:{names}",
+                    text=f"User {user_id} pays for plan {plan_code} more than once: {names}.",
+                )
+
+
+def _rereads(state: State, facts: Iterable[tuple[SubjectId, Fact]], reason: str | None) -> Iterable[Reread]:
+    """What only Stripe can settle: snapshots of one second that don't tell their order, lines that were not sent."""
+    for subject, fact in facts:
+        known = [other for other in state.facts[subject] if isinstance(other, SubscriptionFact)]
+        open_order = isinstance(fact, SubscriptionFact) and not is_settled(known)
+        open_lines = isinstance(fact, CheckoutFact) and not fact.lines and reason == NO_PLAN_NAMED
+        if open_order or open_lines:
+            yield Reread(
+                account=subject.account,
+                livemode=subject.livemode,
+                kind=subject.kind,
+                object_id=subject.object_id,
+            )

@@ -1,7 +1,9 @@
 """What one event asserts: plain immutable values that the translation makes and the decision reads.
 
-A *fact* is about one *source*, the thing access rests on. Facts of one source are kept side by
-side; which of them is the newest is decided in `access.py`, never by the order of their arrival.
+A *fact* is about one *subject*, named by a key such as `sub:sub_1` or `pi:pi_1`. Subjects that access
+can rest on are *sources*; the others (payments, invoices, customers) bear on the sources they are
+linked to. All facts of a subject are kept side by side; which of them counts is decided when they are
+read, never by the order of their arrival.
 """
 
 from __future__ import annotations
@@ -12,20 +14,35 @@ from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import Literal, NamedTuple
 
+FeatureValue = bool | int | str
 
-class SourceId(NamedTuple):
-    """A source's name; Stripe's ids are unique only within an account and a livemode.
+# Kinds of keys that access can rest on: subscription, checkout session, manual invoice, direct payment, manual grant.
+SOURCE_KINDS = frozenset({"sub", "cs", "in", "pi", "grant"})
 
-    `key` is `sub:<subscription id>` or `cs:<checkout session id>`.
+
+class SubjectId(NamedTuple):
+    """A subject's name; Stripe's ids are unique only within an account and a livemode.
+
+    `key` is `<kind>:<id>`; kinds are sub, cs, in, pi, ch, grant and cus.
     """
 
     account: str
     livemode: bool
     key: str
 
+    @property
+    def kind(self) -> str:
+        """What it is: the part before the colon."""
+        return self.key.partition(":")[0]
+
+    @property
+    def object_id(self) -> str:
+        """The id of the object itself."""
+        return self.key.partition(":")[2]
+
 
 class CustomerId(NamedTuple):
-    """A Stripe customer's name, scoped like a source's."""
+    """A Stripe customer's name, scoped like a subject's."""
 
     account: str
     livemode: bool
@@ -35,8 +52,10 @@ class CustomerId(NamedTuple):
 class Via(IntEnum):
     """How a user was found; the smaller number is the stronger evidence and wins."""
 
-    CLIENT_REFERENCE_ID = 1
-    METADATA = 2
+    ADMIN = 0
+    CHECKOUT_RECORD = 1
+    CLIENT_REFERENCE_ID = 2
+    METADATA = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +93,16 @@ class SubscriptionItem:
     price: PriceRef
     quantity: int
     period_end: datetime | None
+    trial_end: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubscriptionFact:
-    """A snapshot of a subscription as it was when the event occurred."""
+    """A snapshot of a subscription as it was when the event occurred.
+
+    `state` are the watched fields in one comparable text form each, `previous` what the event says
+    they were just before; together they order two snapshots of one second.
+    """
 
     kind: Literal["subscription"] = "subscription"
     event_id: str
@@ -88,12 +112,16 @@ class SubscriptionFact:
     customer_id: str | None
     status: str
     items: tuple[SubscriptionItem, ...]
+    period_end: datetime | None
     started_at: datetime | None
     trial_end: datetime | None
     cancel_at: datetime | None
     ended_at: datetime | None
+    pause_behavior: str | None = None
     metadata_user_id: str | None
     metadata_plan_code: str | None
+    state: Mapping[str, str] = field(default_factory=dict)
+    previous: Mapping[str, str] = field(default_factory=dict)
 
 
 class CheckoutState(StrEnum):
@@ -107,8 +135,9 @@ class CheckoutState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PurchaseLine:
-    """One line of a checkout session, where the event carries the lines."""
+    """One line of a purchase, where the event carries the lines."""
 
+    line_id: str
     price: PriceRef
     quantity: int
 
@@ -127,32 +156,216 @@ class CheckoutFact:
     customer_id: str | None
     subscription_id: str | None
     lines: tuple[PurchaseLine, ...]
+    amount: int | None = None
     client_reference_id: str | None
     metadata_user_id: str | None
     metadata_plan_code: str | None
 
 
-SourceFact = SubscriptionFact | CheckoutFact
+class InvoiceState(StrEnum):
+    """What an invoice event reports."""
+
+    PAID = "paid"
+    PAYMENT_FAILED = "payment_failed"
+    VOIDED = "voided"
+    UNCOLLECTIBLE = "uncollectible"
 
 
-def source_key(fact: SourceFact) -> str:
-    """The key of the source that a fact is about."""
-    if isinstance(fact, SubscriptionFact):
-        return f"sub:{fact.subscription_id}"
-    if fact.mode == "subscription":
-        return f"sub:{fact.subscription_id}"
-    return f"cs:{fact.session_id}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvoiceFact:
+    """What became of an invoice; `lines` only where it is a purchase of its own (`billing_reason` manual)."""
+
+    kind: Literal["invoice"] = "invoice"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    invoice_id: str
+    subscription_id: str | None
+    customer_id: str | None
+    state: InvoiceState
+    amount: int | None
+    lines: tuple[PurchaseLine, ...] = ()
+    metadata_user_id: str | None
+    metadata_plan_code: str | None
 
 
-def prices_of(fact: SourceFact) -> tuple[PriceRef, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaymentIntentFact:
+    """A payment that names our user and plan itself, without a checkout session around it."""
+
+    kind: Literal["payment_intent"] = "payment_intent"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    intent_id: str
+    customer_id: str | None
+    is_paid: bool
+    amount: int | None
+    metadata_user_id: str | None
+    metadata_plan_code: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefundFact:
+    """A refund's state; several events report it, the newest of a refund counts."""
+
+    kind: Literal["refund"] = "refund"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    refund_id: str
+    amount: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChargeFact:
+    """What a charge says of its refunds: how much of it was given back so far."""
+
+    kind: Literal["charge"] = "charge"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    charge_id: str
+    amount: int
+    amount_refunded: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisputeFact:
+    """A dispute's state."""
+
+    kind: Literal["dispute"] = "dispute"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    dispute_id: str
+    amount: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FraudFact:
+    """A warning of fraud, or a review that ended as fraud."""
+
+    kind: Literal["fraud"] = "fraud"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    is_confirmed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedFact:
+    """The customer was deleted, or the account left: whatever rested on it has ended."""
+
+    kind: Literal["ended"] = "ended"
+    event_id: str
+    event_type: str
+    as_of: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulePhase:
+    """From when on a schedule wants which prices."""
+
+    starts_at: datetime
+    prices: tuple[PriceRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleFact:
+    """What is planned for a subscription. Shown to people; it counts once the subscription itself has changed."""
+
+    kind: Literal["schedule"] = "schedule"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    schedule_id: str
+    status: str
+    phases: tuple[SchedulePhase, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantFact:
+    """A person's decision: a plan or single feature values for a user, from and until when, or its end."""
+
+    kind: Literal["grant"] = "grant"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    grant_id: str
+    user_id: str
+    plan_code: str | None
+    features: Mapping[str, FeatureValue]
+    is_override: bool
+    starts_at: datetime
+    ends_at: datetime | None
+    is_removed: bool
+    reason: str
+    actor: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimFact:
+    """A person's word that a source belongs to a user: how a guest's purchase finds its owner."""
+
+    kind: Literal["claim"] = "claim"
+    event_id: str
+    event_type: str
+    as_of: datetime
+    user_id: str
+    actor: str
+    reason: str
+
+
+Fact = (
+    SubscriptionFact
+    | CheckoutFact
+    | InvoiceFact
+    | PaymentIntentFact
+    | RefundFact
+    | ChargeFact
+    | DisputeFact
+    | FraudFact
+    | EndedFact
+    | ScheduleFact
+    | GrantFact
+    | ClaimFact
+)
+
+
+def prices_of(fact: Fact) -> tuple[PriceRef, ...]:
     """The prices that a fact names."""
-    entries = fact.items if isinstance(fact, SubscriptionFact) else fact.lines
-    return tuple(entry.price for entry in entries)
+    if isinstance(fact, SubscriptionFact):
+        return tuple(item.price for item in fact.items)
+    if isinstance(fact, CheckoutFact | InvoiceFact):
+        return tuple(line.price for line in fact.lines)
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """A fact and the key of the subject it is about."""
+
+    key: str
+    fact: Fact
+
+
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
+class Link:
+    """`child` bears on `parent`, both subject keys of one account and livemode.
+
+    A charge bears on its payment, a payment on its invoice or session, an invoice on its subscription.
+    """
+
+    child: str
+    parent: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tie:
-    """An event's claim that a customer is a user. All claims are kept; the strongest, then the earliest, holds."""
+    """A claim that a customer is a user. All are kept; the strongest holds, of equals the earliest, of a person's the newest."""
 
     customer_id: str
     user_id: str
@@ -161,9 +374,11 @@ class Tie:
     event_id: str
 
     @property
-    def strength(self) -> tuple[int, datetime, str]:
+    def strength(self) -> tuple[int, float, str]:
         """Sorts the claim that holds first, whatever the order of arrival."""
-        return (self.via, self.occurred_at, self.event_id)
+        seconds = self.occurred_at.timestamp()
+        # Of a person's words the newest holds: that is how a mistake is mended. Of all other evidence the earliest.
+        return (self.via, -seconds if self.via is Via.ADMIN else seconds, self.event_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +405,17 @@ class PaymentFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """All that one event asserts. `expects_access`: without a known user the event must wait."""
+    """All that one event asserts.
 
-    facts: tuple[SourceFact, ...] = ()
+    `subject` is what the event is about, even where it adds no fact to it. `expects_access`: access
+    should follow, so without a known user the event must wait. `alerts` are for the owner.
+    """
+
+    subject: str | None = None
+    facts: tuple[About, ...] = ()
+    links: tuple[Link, ...] = ()
     ties: tuple[Tie, ...] = ()
     payments: tuple[PaymentFact, ...] = ()
     expects_access: bool = False
     customer_id: str | None = None
-    subscription_id: str | None = None
+    alerts: tuple[str, ...] = ()

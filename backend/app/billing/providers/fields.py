@@ -6,7 +6,7 @@ is kept and shown as unreadable instead of being taken for something it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -106,15 +106,19 @@ class Fields:
 
     def list_data(self, key: str) -> Iterator[Fields]:
         """The objects of a Stripe list, `{"object": "list", "data": [...]}`."""
-        data = self.object(key).data.get("data")
-        if data is None:
+        yield from self.object(key).list("data")
+
+    def list(self, key: str) -> Iterator[Fields]:
+        """The objects of a plain JSON list; none where it is absent or null."""
+        entries = self.data.get(key)
+        if entries is None:
             return
-        if not isinstance(data, list):
-            raise self._unexpected(f"{key}.data", "a list")
-        for index, entry in enumerate(data):
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise self._unexpected(key, "a list")
+        for index, entry in enumerate(entries):
             if not isinstance(entry, Mapping):
-                raise self._unexpected(f"{key}.data[{index}]", "an object")
-            yield Fields(entry, f"{self._at(key)}.data[{index}]")
+                raise self._unexpected(f"{key}[{index}]", "an object")
+            yield Fields(entry, f"{self._at(key)}[{index}]")
 
     def metadata(self) -> dict[str, str]:
         """The object's metadata: texts by text."""

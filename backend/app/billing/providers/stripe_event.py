@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +26,7 @@ class StripeEvent:
 
     envelope: Event
     object: Mapping[str, Any]
+    previous_attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_event(data: Mapping[str, Any], *, signed_at: datetime) -> StripeEvent:
@@ -59,8 +60,13 @@ def read_event(data: Mapping[str, Any], *, signed_at: datetime) -> StripeEvent:
         )
     except TranslationError as error:
         raise InvalidEvent(f"The body is not an event: {error}.") from error
-    content = data.get("data")
-    content = content.get("object") if isinstance(content, Mapping) else None
-    if not isinstance(content, Mapping):
+    carried = data.get("data")
+    content = carried.get("object") if isinstance(carried, Mapping) else None
+    if not isinstance(carried, Mapping) or not isinstance(content, Mapping):
         raise InvalidEvent("The body has no data.object.")
-    return StripeEvent(envelope=envelope, object=content)
+    previous = carried.get("previous_attributes")
+    return StripeEvent(
+        envelope=envelope,
+        object=content,
+        previous_attributes=previous if isinstance(previous, Mapping) else {},
+    )

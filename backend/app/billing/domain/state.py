@@ -1,0 +1,161 @@
+"""All that a decision may look at: subjects with their facts, how they hang together, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from backend.app.billing.domain.access import Reading, Source, bound_user, owner
+from backend.app.billing.domain.catalog import Catalog
+from backend.app.billing.domain.facts import (
+    SOURCE_KINDS,
+    CheckoutFact,
+    CustomerId,
+    Fact,
+    GrantFact,
+    InvoiceFact,
+    PaymentIntentFact,
+    SubjectId,
+    SubscriptionFact,
+    Tie,
+)
+from backend.app.billing.domain.merge import Entitlement, read_source
+
+NO_FACTS: tuple[Fact, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owned:
+    """What is kept of a source beside its facts: its customer and the user it belongs to."""
+
+    customer_id: str | None
+    user_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Complete for the customers and users that its events concern.
+
+    `parents` says which subjects another bears on: a payment on its invoice, an invoice on its subscription.
+    """
+
+    facts: Mapping[SubjectId, tuple[Fact, ...]] = field(default_factory=dict)
+    parents: Mapping[SubjectId, frozenset[SubjectId]] = field(default_factory=dict)
+    sources: Mapping[SubjectId, Owned] = field(default_factory=dict)
+    ties: Mapping[CustomerId, frozenset[Tie]] = field(default_factory=dict)
+    entitlements: Mapping[str, Entitlement] = field(default_factory=dict)
+
+    def source(self, source_id: SubjectId) -> Source:
+        """A source with its own facts and those of all that bears on it."""
+        owned = self.sources[source_id]
+        related = [*self.below({source_id}), *_around(source_id, owned.customer_id)]
+        facts = [fact for subject in related for fact in self.facts.get(subject, NO_FACTS)]
+        return Source(
+            id=source_id,
+            customer_id=owned.customer_id,
+            user_id=owned.user_id,
+            facts=tuple(sorted(facts, key=lambda fact: (fact.as_of, fact.event_id))),
+        )
+
+    def reading(self, catalog: Catalog, source_id: SubjectId) -> Reading | None:
+        """What a source comes to."""
+        return read_source(
+            catalog, self.source(source_id), is_part_of_another=bool(self.parents.get(source_id))
+        )
+
+    def readings_of(self, catalog: Catalog, user_id: str) -> list[Reading]:
+        """What each source of a user comes to."""
+        found = (
+            self.reading(catalog, source_id)
+            for source_id, owned in sorted(self.sources.items())
+            if owned.user_id == user_id
+        )
+        return [reading for reading in found if reading is not None]
+
+    def newest_as_of(self, user_id: str) -> datetime | None:
+        """The time of the newest fact about any of a user's sources."""
+        return max(
+            (
+                fact.as_of
+                for source_id, owned in self.sources.items()
+                if owned.user_id == user_id
+                for fact in self.source(source_id).facts
+            ),
+            default=None,
+        )
+
+    def above(self, subjects: Iterable[SubjectId]) -> set[SubjectId]:
+        """The subjects and all that they bear on."""
+        seen: set[SubjectId] = set()
+        waiting = list(subjects)
+        while waiting:
+            subject = waiting.pop()
+            if subject not in seen:
+                seen.add(subject)
+                waiting += self.parents.get(subject, frozenset())
+        return seen
+
+    def below(self, subjects: Iterable[SubjectId]) -> list[SubjectId]:
+        """The subjects and all that bears on them, in order."""
+        children: dict[SubjectId, list[SubjectId]] = {}
+        for child, parents in self.parents.items():
+            for parent in parents:
+                children.setdefault(parent, []).append(child)
+        seen: set[SubjectId] = set()
+        waiting = list(subjects)
+        while waiting:
+            subject = waiting.pop()
+            if subject not in seen:
+                seen.add(subject)
+                waiting += children.get(subject, [])
+        return sorted(seen)
+
+    def user_of_customer(self, customer: CustomerId) -> str | None:
+        """The user a customer is tied to."""
+        return bound_user(self.ties.get(customer, frozenset()))
+
+    def owner_of(self, source_id: SubjectId) -> str | None:
+        """The user that a source belongs to, by all that is known now."""
+        return owner(self.source(source_id), self.ties)
+
+    def with_facts(self, facts: Mapping[SubjectId, Fact]) -> State:
+        """With one more fact each; a fact of an event that is known already changes nothing."""
+        known = dict(self.facts)
+        sources = dict(self.sources)
+        for subject, fact in facts.items():
+            if not any(
+                old.event_id == fact.event_id and old.kind == fact.kind for old in known.get(subject, ())
+            ):
+                known[subject] = (*known.get(subject, ()), fact)
+            if is_source(subject, fact):
+                owned = sources.get(subject, Owned(customer_id=None, user_id=None))
+                sources[subject] = replace(
+                    owned, customer_id=owned.customer_id or getattr(fact, "customer_id", None)
+                )
+        return replace(self, facts=known, sources=sources)
+
+    def with_parents(self, links: Iterable[tuple[SubjectId, SubjectId]]) -> State:
+        """With more links from children to parents."""
+        parents = dict(self.parents)
+        for child, parent in links:
+            parents[child] = parents.get(child, frozenset()) | {parent}
+        return replace(self, parents=parents)
+
+
+def is_source(subject: SubjectId, fact: Fact) -> bool:
+    """Whether access may rest on a subject, going by a fact about it."""
+    if subject.kind not in SOURCE_KINDS:
+        return False
+    if isinstance(fact, InvoiceFact):
+        return bool(fact.lines)
+    return isinstance(fact, SubscriptionFact | CheckoutFact | PaymentIntentFact | GrantFact)
+
+
+def _around(source_id: SubjectId, customer_id: str | None) -> list[SubjectId]:
+    """The customer and the connected account behind a source, whose facts bear on it too."""
+    account, livemode, _ = source_id
+    around = [SubjectId(account, livemode, f"acct:{account}")] if account else []
+    if customer_id is not None:
+        around.append(SubjectId(account, livemode, f"cus:{customer_id}"))
+    return around

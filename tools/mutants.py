@@ -1,0 +1,195 @@
+"""Breaks the product on purpose, one way at a time, and checks that the tests notice: `make mutants`.
+
+A suite that stays green while the product is broken proves nothing. Each mutant is a small plausible
+mistake; it is made in a copy of the tree, and the tests named with it must fail there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+# The slowest of the named tests take a minute on a busy machine; a mutant that hangs is caught as well.
+TESTS_SECONDS_MAX = 300
+BILLING = "backend/app/billing"
+DOMAIN_TESTS = ("backend/tests/domain", "backend/tests/providers")
+FLOW_TESTS = ("backend/tests/billing/test_flows.py", "backend/tests/billing/test_parking.py")
+REVIEW_TESTS = ("backend/tests/test_pr_040_security.py",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A mistake: in `path` the text `before`, which must stand there once, becomes `after`."""
+
+    name: str
+    path: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        name="snapshots are ordered by their event's time alone",
+        path=f"{BILLING}/domain/timeline.py",
+        before="        if len(same_second) == 1:",
+        after="        if same_second:",
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="a terminal state is overwritten by a later event",
+        path=f"{BILLING}/domain/timeline.py",
+        before='TERMINAL_STATUSES = frozenset({"canceled", "incomplete_expired"})',
+        after="TERMINAL_STATUSES: frozenset[str] = frozenset()",
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="one invoice is counted for each of its two events",
+        path=f"{BILLING}/providers/stripe_invoices.py",
+        before='        return f"in:{invoice_id}"\n',
+        after='        return f"in:{invoice_id}:{document.path}:{id(document)}"\n',
+        tests=(*DOMAIN_TESTS, *FLOW_TESTS),
+    ),
+    Mutant(
+        name="the claim is made outside of the transaction",
+        path=f"{BILLING}/webhooks.py",
+        before="            if not await store.claim(tx, envelope, now=self._clock.now()):",
+        after=(
+            "            async with self._database.engine.begin() as other:\n"
+            "                won = await store.claim(other, envelope, now=self._clock.now())\n"
+            "            if not won:"
+        ),
+        tests=("backend/tests/faults/test_injected_faults.py",),
+    ),
+    Mutant(
+        name="a purchase without a customer is looked up under no customer",
+        path=f"{BILLING}/providers/registry.py",
+        before="    if customer_id is None or not users:",
+        after='    customer_id = customer_id or ""\n    if not users:',
+        tests=(*DOMAIN_TESTS, *FLOW_TESTS),
+    ),
+    Mutant(
+        name="a failure is answered as if it had been a success",
+        path=f"{BILLING}/webhooks.py",
+        before="            await self._record_failure(genuine, error)\n            raise",
+        after=(
+            "            await self._record_failure(genuine, error)\n"
+            '            return Answer(body=b\'{"status":"success"}\')'
+        ),
+        tests=("backend/tests/faults/test_injected_faults.py",),
+    ),
+    Mutant(
+        name="events of two accounts with one id are taken for one",
+        path=f"{BILLING}/store.py",
+        before="        .values(account=event.account, livemode=event.livemode, event_id=event.id, claimed_at=now)",
+        after='        .values(account="", livemode=event.livemode, event_id=event.id, claimed_at=now)',
+        tests=FLOW_TESTS,
+    ),
+    Mutant(
+        name="an unpaid checkout is granted",
+        path=f"{BILLING}/providers/stripe_checkout.py",
+        before='        "no_payment_required",\n',
+        after='        "no_payment_required",\n        "unpaid",\n',
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="events of the other livemode are granted",
+        path=f"{BILLING}/webhooks.py",
+        before="        if envelope.livemode != self._livemode:",
+        after="        if False:",
+        tests=FLOW_TESTS,
+    ),
+    Mutant(
+        name="one source pushes the others aside",
+        path=f"{BILLING}/domain/merge.py",
+        before="    return [access for reading in readings for access in reading.accesses if access.is_live(at)]",
+        after="    return [access for reading in readings for access in reading.accesses if access.is_live(at)][-1:]",
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="a signature from the future is accepted",
+        path=f"{BILLING}/security.py",
+        before="        if timestamp > now_seconds + self._tolerance_seconds:",
+        after="        if timestamp > now_seconds + 10**12:",
+        tests=("backend/tests/billing/test_verifier.py",),
+    ),
+    Mutant(
+        name="access outlives its end",
+        path=f"{BILLING}/domain/access.py",
+        before="        return self.starts_at <= at and (self.ends_at is None or at < self.ends_at)",
+        after="        return self.starts_at <= at",
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="a ledger line has no audit row",
+        path=f"{BILLING}/webhooks.py",
+        before='            await self._audit(tx, effects, _payment_audit("payment.event", line, event, now))',
+        after="            pass",
+        tests=REVIEW_TESTS,
+    ),
+    Mutant(
+        name="the grace of a failed renewal starts anew with each attempt",
+        path=f"{BILLING}/domain/subscriptions.py",
+        before="        since = fact.as_of\n",
+        after="        since = max(since, fact.as_of)\n",
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="a replay is answered anew instead of with the stored bytes",
+        path=f"{BILLING}/store.py",
+        before="    answer: str = result.scalar_one()\n    return answer",
+        after='    answer: str = result.scalar_one()\n    return answer + " "',
+        tests=REVIEW_TESTS,
+    ),
+)
+
+
+def main() -> int:
+    """0 when every mutant was caught, 1 otherwise; a mutant that no longer fits the code counts as not caught."""
+    caught = 0
+    for number, mutant in enumerate(MUTANTS, start=1):
+        verdict = _try(mutant)
+        caught += verdict == "caught"
+        click.echo(f"{number:>3}  {verdict:<12} {mutant.name}")
+    click.echo(f"{caught} of {len(MUTANTS)} broken variants were caught")
+    return 0 if caught == len(MUTANTS) else 1
+
+
+def _try(mutant: Mutant) -> str:
+    with tempfile.TemporaryDirectory(prefix="tollkeeper-mutant-") as directory:
+        copy = Path(directory) / "copy"
+        for folder in ("backend", "tools", "docs"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "README.md", "Makefile", "requirements.lock"):
+            shutil.copy(ROOT / file, copy / file)
+        target = copy / mutant.path
+        text = target.read_text(encoding="utf-8")
+        if text.count(mutant.before) != 1:
+            return "does not fit"
+        target.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
+        # The copy must be what is imported, not the installed tree.
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
+        try:
+            run = subprocess.run(  # noqa: S603  # our own tests
+                command,
+                cwd=copy,
+                env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(copy), "HOME": directory},
+                capture_output=True,
+                timeout=TESTS_SECONDS_MAX,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return "caught"
+        # 1: tests ran and failed. Anything else, such as an import error, is no proof of a test.
+        return {0: "MISSED", 1: "caught"}.get(run.returncode, f"broken ({run.returncode})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
