@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.app.billing.domain.facts import SubscriptionFact
-from backend.app.billing.domain.timeline import CHAINED_SNAPSHOTS_MAX, TERMINAL_STATUSES, in_order
+from backend.app.billing.domain.timeline import CHAINED_SNAPSHOTS_MAX, TERMINAL_STATUSES, in_order, is_settled
 from backend.app.billing.providers.stripe import translate
 from backend.app.simulator import objects
 from backend.tests.domain.events import DAY, MONTH, T0, event, subscription
@@ -137,6 +138,75 @@ def test_within_a_second_a_creation_is_first_and_a_deletion_last() -> None:
     assert every_order(created, updated, deleted) == ["evt_c", "evt_b", "evt_a"]
 
 
+@pytest.mark.parametrize("status", sorted(TERMINAL_STATUSES))
+def test_within_a_second_a_terminal_snapshot_wins_over_an_active_one(status: str) -> None:
+    """Whatever the active one says was before it, and whichever id comes first."""
+    over = snapshot("evt_a", status=status, previous={"status": "active"})
+    assert every_order(over, snapshot("evt_b", previous={"status": status})) == ["evt_b", "evt_a"]
+    assert is_settled([over, snapshot("evt_b")])
+
+
+def test_previous_attributes_order_a_second_against_ids_periods_and_arrival() -> None:
+    """The downgrade came last, although its id comes first and it is paid for a shorter time."""
+    start = snapshot("evt_m", after=-1, months=2)
+    upgraded = snapshot("evt_z", months=3, previous={"items": subscription(months=2)["items"]})
+    back = snapshot("evt_a", months=1, previous={"items": subscription(months=3)["items"]})
+    assert every_order(start, upgraded, back) == ["evt_m", "evt_z", "evt_a"]
+    assert is_settled([back, start, upgraded])
+
+
+LEAVING = snapshot("evt_b", cancel_at_period_end=True, previous={"cancel_at_period_end": False})
+STAYING = snapshot("evt_a", previous={"cancel_at_period_end": True})
+
+
+@pytest.mark.parametrize(
+    ("facts", "settled"),
+    [
+        ([], True),
+        ([snapshot("evt_1")], True),
+        ([snapshot("evt_1"), snapshot("evt_2", after=1, status="past_due")], True),
+        ([snapshot("evt_1"), snapshot("evt_2")], True),
+        ([snapshot("evt_1"), snapshot("evt_2", status="past_due")], False),
+        ([snapshot("evt_1"), snapshot("evt_2", status="past_due"), snapshot("evt_3", after=1)], True),
+        ([snapshot("evt_1"), snapshot("evt_2", status="past_due", previous={"status": "active"})], True),
+        ([snapshot("evt_1", verb="created", status="incomplete"), snapshot("evt_2")], True),
+        (
+            [
+                snapshot("evt_1", verb="created", status="incomplete"),
+                snapshot("evt_2", previous={"status": "incomplete"}),
+                snapshot("evt_3", status="past_due", previous={"status": "paused"}),
+            ],
+            False,
+        ),
+        ([LEAVING, STAYING], False),
+        ([snapshot("evt_c", after=-1), LEAVING, STAYING], True),
+        ([snapshot("evt_c", verb="created"), LEAVING, STAYING], True),
+        ([LEAVING, STAYING, snapshot("evt_c", status="canceled")], True),
+        ([LEAVING, STAYING, snapshot("evt_c", verb="deleted", status="active")], True),
+    ],
+    ids=[
+        "nothing was heard",
+        "one snapshot",
+        "another second",
+        "equal snapshots",
+        "neither says what was before it",
+        "a later second settles it",
+        "one follows the other",
+        "a creation comes first",
+        "one follows nothing that is known",
+        "a cancellation and its undoing, nothing older known",
+        "the same after an older snapshot",
+        "the same after the creation",
+        "the subscription is over",
+        "the subscription was deleted",
+    ],
+)
+def test_it_is_known_whether_stripe_tells_which_snapshot_counts(
+    facts: list[SubscriptionFact], settled: bool
+) -> None:
+    assert {is_settled(order) for order in itertools.permutations(facts)} == {settled}
+
+
 def test_of_updates_that_tell_nothing_the_one_that_paid_further_is_later() -> None:
     assert every_order(snapshot("evt_z"), snapshot("evt_a", months=2)) == ["evt_z", "evt_a"]
 
@@ -176,3 +246,23 @@ def test_any_snapshots_have_one_order_and_none_is_lost(
     for part in (False, True):
         times = [fact.as_of for fact in ordered if (fact.status in TERMINAL_STATUSES) is part]
         assert times == sorted(times)
+
+
+def test_a_second_full_of_pauses_and_resumptions_with_their_echoes_ends_with_what_came_last() -> None:
+    """`paused` and `resumed` come twice, as an update and under their own name; seven snapshots in all."""
+    start = snapshot("evt_0", after=-1)
+    happened = [
+        snapshot("evt_7", status="paused", previous={"status": "active"}),
+        snapshot("evt_2", verb="paused", status="paused"),
+        snapshot("evt_6", previous={"status": "paused"}),
+        snapshot("evt_1", verb="resumed"),
+        snapshot("evt_5", status="past_due", previous={"status": "active"}),
+        snapshot("evt_4", status="past_due", months=3, previous={"items": subscription()["items"]}),
+        snapshot("evt_3", months=3, previous={"status": "past_due"}),
+    ]
+    dice = random.Random(7)
+    for _ in range(50):
+        ordered = in_order([start, *dice.sample(happened, len(happened))])
+        told = [fact.event_id for fact in ordered if fact.event_type.endswith(".updated")]
+        assert told[-5:] == ["evt_7", "evt_6", "evt_5", "evt_4", "evt_3"]
+    assert is_settled([start, *happened])

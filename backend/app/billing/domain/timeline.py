@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import groupby, permutations
+from functools import cache
+from itertools import groupby, pairwise
 
 from backend.app.billing.domain.facts import SubscriptionFact
 
 # Stripe's statuses that never change again; nothing that arrives later may overwrite them.
 TERMINAL_STATUSES = frozenset({"canceled", "incomplete_expired"})
 
-# All orders of six snapshots of one second are 720, quickly tried; more in one second tell nothing new.
-CHAINED_SNAPSHOTS_MAX = 6
+# The search doubles with each snapshot: ten of one second take some ten milliseconds, and are as rare as a day's.
+CHAINED_SNAPSHOTS_MAX = 10
 
 _CREATED = "customer.subscription.created"
 _DELETED = "customer.subscription.deleted"
@@ -46,9 +47,11 @@ def is_settled(facts: Iterable[SubscriptionFact]) -> bool:
     if len({tuple(sorted(fact.state.items())) for fact in updates}) <= 1:
         return True
     before = [fact for fact in ordered if fact not in updates]
-    start = before[-1] if before else None
+    if not before and _follows(updates[0], updates[-1]):
+        # A ring, as of a cancellation and its undoing: without an older one nobody tells where it began.
+        return False
     # Each must follow the one before it; the first has nothing to follow where nothing older is known.
-    return _chain(updates, start)[1] == len(updates) - (0 if start is not None else 1)
+    return all(_follows(later, earlier) for earlier, later in pairwise([*before[-1:], *updates]))
 
 
 def _hint(fact: SubscriptionFact) -> tuple[int, datetime, str]:
@@ -62,41 +65,61 @@ def _chained(facts: Sequence[SubscriptionFact], before: SubscriptionFact | None)
     created = [fact for fact in facts if fact.event_type == _CREATED]
     deleted = [fact for fact in facts if fact.event_type == _DELETED]
     updates = [fact for fact in facts if fact.event_type not in (_CREATED, _DELETED)]
-    if len(updates) > CHAINED_SNAPSHOTS_MAX:
-        return [*created, *updates, *deleted]
     start = created[-1] if created else before
-    matches = {(id(a), id(b)): _match(a, b) for a in updates for b in (start, *updates) if b is not None}
-    # The first of the best: `updates` are sorted by their hints, so a tie goes by these.
-    best = max(permutations(updates), key=lambda order: _chain(order, start, matches))
-    return [*created, *best, *deleted]
+    told = [fact for fact in updates if not _is_echo(fact, updates)]
+    ordered = _best_chain(told, start) if len(told) <= CHAINED_SNAPSHOTS_MAX else told
+    for echo in updates:
+        if echo not in told:
+            place = next(place for place, fact in enumerate(ordered) if fact.state == echo.state)
+            ordered.insert(place + 1, echo)
+    return [*created, *ordered, *deleted]
 
 
-def _chain(
-    order: Sequence[SubscriptionFact],
-    start: SubscriptionFact | None,
-    matches: Mapping[tuple[int, int], tuple[bool, bool]] | None = None,
-) -> tuple[int, int]:
-    """How many snapshots of an order follow the one before wholly, and how many at least in what they name.
-
-    `matches` are known answers of `_match` by the ids of its two arguments.
-    """
-    wholly = partly = 0
-    earlier = start
-    for fact in order:
-        if earlier is not None:
-            match = matches[id(fact), id(earlier)] if matches is not None else _match(fact, earlier)
-            wholly += match[0]
-            partly += match[1]
-        earlier = fact
-    return wholly, partly
+def _is_echo(fact: SubscriptionFact, updates: Sequence[SubscriptionFact]) -> bool:
+    """Whether another snapshot of the second tells the same and more, as an update does beside a `paused`."""
+    return not fact.previous and any(other.previous and other.state == fact.state for other in updates)
 
 
-def _match(fact: SubscriptionFact, earlier: SubscriptionFact) -> tuple[bool, bool]:
-    """Whether what was before a snapshot is another's state: as a whole, and in what its event names."""
+def _best_chain(facts: Sequence[SubscriptionFact], start: SubscriptionFact | None) -> list[SubscriptionFact]:
+    """The order in which most snapshots follow the one before; of equals that which comes first as given."""
+    matches = [[_match(later, earlier) for earlier in facts] for later in facts]
+    first = [_match(fact, start) if start is not None else (0, 0) for fact in facts]
+
+    def after(place: int, last: int | None) -> tuple[int, int]:
+        return first[place] if last is None else matches[place][last]
+
+    @cache
+    def best(left: frozenset[int], last: int | None) -> tuple[int, int]:
+        """What the best order of the ones that are left comes to, after the last one placed."""
+        totals = (_sum(after(place, last), best(left - {place}, place)) for place in left)
+        return max(totals, default=(0, 0))
+
+    ordered: list[SubscriptionFact] = []
+    left, last = frozenset(range(len(facts))), None
+    while left:
+        wanted = best(left, last)
+        last = min(place for place in left if _sum(after(place, last), best(left - {place}, place)) == wanted)
+        left -= {last}
+        ordered.append(facts[last])
+    return ordered
+
+
+def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _match(fact: SubscriptionFact, earlier: SubscriptionFact) -> tuple[int, int]:
+    """1 where what was before a snapshot is another's state, else 0: as a whole, and in what its event names."""
     # What an event does not name was before as it is now; so one that names nothing follows its equal.
     before = {**fact.state, **fact.previous}
     wholly = _holds(before, earlier.state) and _holds(earlier.state, before)
-    return wholly, _holds(fact.previous, earlier.state) if fact.previous else wholly
+    return int(wholly), int(_holds(fact.previous, earlier.state) if fact.previous else wholly)
+
+
+def _follows(fact: SubscriptionFact, earlier: SubscriptionFact) -> bool:
+    """Whether what a snapshot's event says was before is another's state."""
+    _, in_what_it_names = _match(fact, earlier)
+    return bool(in_what_it_names)
 
 
 def _holds(previous: Mapping[str, str], state: Mapping[str, str]) -> bool:
