@@ -233,8 +233,15 @@ def explain(user: str, at: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.option("--check", is_flag=True, help="Compare only: exit 1 if anything differs, change nothing.")
+@click.option(
+    "--resume",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep the progress in FILE; after a stop the same command goes on from there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def rebuild(check: bool, as_json: bool) -> None:
+def rebuild(check: bool, file: Path | None, as_json: bool) -> None:
     """Recompute everything that follows from events out of the stored ones, and correct what differs."""
     settings = _settings()
 
@@ -245,6 +252,7 @@ def rebuild(check: bool, as_json: bool) -> None:
             clock=SystemClock(),
             livemode=settings.livemode,
             progress=_show_progress,
+            file=file,
         )
         return await (rebuilt.check() if check else rebuilt.run())
 
@@ -255,15 +263,16 @@ def rebuild(check: bool, as_json: bool) -> None:
             json.dumps(
                 {
                     "events": report.events,
+                    "events_before": report.events_before,
                     "difference_count": report.difference_count,
                     "corrected": not check and report.difference_count > 0,
-                    "differences": [difference.document() for difference in report.differences],
+                    "differences": [dataclasses.asdict(difference) for difference in report.differences],
                 }
             )
         )
     else:
         for difference in report.differences:
-            shown = difference.document()
+            shown = dataclasses.asdict(difference)
             name = "/".join(str(part) for part in shown["key"])
             click.echo(
                 f"{shown['table']} {name} {shown['column'] or 'row'}: "
@@ -273,7 +282,12 @@ def rebuild(check: bool, as_json: bool) -> None:
         if hidden:
             click.echo(f"... and {hidden} more")
         verb = "differ" if check else "differed and were corrected"
-        click.echo(f"{report.events} events replayed; {report.difference_count} values {verb}.")
+        before = f" ({report.events_before} of them before it was stopped)" if report.events_before else ""
+        click.echo(f"{report.events} events replayed{before}; {report.difference_count} values {verb}.")
+    if file is not None:
+        # Only now: a run that is stopped before it has told its report tells it when it is gone on with.
+        sys.stdout.flush()
+        file.unlink(missing_ok=True)
     sys.exit(1 if check and report.difference_count else 0)
 
 
@@ -313,7 +327,7 @@ def diff_catalogs(old: Path, new: Path, as_json: bool) -> None:
             _read_catalog(old),
             _read_catalog(new),
             now=SystemClock().now(),
-            progress=lambda done: _show_progress("comparing users", done, 0),
+            progress=lambda done, total: _show_progress("comparing users", done, total),
         )
 
     diff = _with_database(work)

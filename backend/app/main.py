@@ -26,6 +26,7 @@ from backend.app.billing.grants import Grants
 from backend.app.billing.list_routes import list_routes
 from backend.app.billing.ofrep import ofrep_routes
 from backend.app.billing.parked import StoredEvents
+from backend.app.billing.pseudonymise import PSEUDONYMISE, Pseudonymiser
 from backend.app.billing.reread import REREAD, Rereader
 from backend.app.billing.routes import WEBHOOK_PATH, WebhookEndpoint, entitlement_routes
 from backend.app.billing.security import (
@@ -109,6 +110,7 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Service:
         livemode=settings.livemode,
         rereads=api is not None,
     )
+    relay.handle(PSEUDONYMISE, Pseudonymiser(database, clock).deliver)
     if api is not None:
         relay.handle(REREAD, Rereader(api, webhooks.take_read).deliver)
     return Service(

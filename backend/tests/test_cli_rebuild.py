@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import random
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -13,9 +21,14 @@ from click.testing import CliRunner, Result
 from backend.app.cli import main
 from backend.app.main import SHIPPED_CATALOG
 from backend.app.simulator import objects
+from backend.tests.billing.test_rebuild import grow
 from backend.tests.support.billing import running_service, unix_now
 
 SHIPPED = SHIPPED_CATALOG.read_text(encoding="utf-8")
+# Several batches, and a second or two of work.
+KILLED_USERS = 60
+# Then one process is left in peace, so that the test ends.
+STOPS_MAX = 6
 
 
 def tollkeeper(url: str, *arguments: str) -> Result:
@@ -69,6 +82,116 @@ def test_a_difference_is_exit_1_named_and_then_corrected(url: str) -> None:
     corrected = tollkeeper(url, "rebuild", "--json")
     assert (corrected.exit_code, json.loads(corrected.stdout)["corrected"]) == (0, True)
     assert tollkeeper(url, "rebuild", "--check").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--check"], []], ids=["check", "run"])
+async def test_a_killed_rebuild_goes_on_where_it_ended(
+    migrated_sqlite_url: str, tmp_path: Path, arguments: list[str]
+) -> None:
+    """Killed at random moments until one process reaches the end: the report is that of an unharmed run."""
+    await grow(migrated_sqlite_url, KILLED_USERS, events_per_user=12)
+    untouched, killed = tmp_path / "untouched", tmp_path / "killed"
+    for directory in (untouched, killed):
+        directory.mkdir()
+        shutil.copyfile(migrated_sqlite_url.removeprefix("sqlite:///"), directory / "tollkeeper.db")
+    whole, seconds = await asyncio.to_thread(rebuild_process, untouched, *arguments)
+    assert whole.returncode == (1 if arguments else 0), whole.stderr
+    chance = random.Random(len(arguments))
+    stops = 0
+    while True:
+        patience = chance.uniform(0, 0.5) * seconds if stops < STOPS_MAX else None
+        done, _ = await asyncio.to_thread(rebuild_process, killed, *arguments, seconds_max=patience)
+        if done.stdout:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        stops += 1
+    assert stops > 0
+    before, after = json.loads(whole.stdout), json.loads(done.stdout)
+    assert after["events"] == KILLED_USERS * 12
+    assert (after["difference_count"], after["corrected"]) == (
+        before["difference_count"],
+        before["corrected"],
+    )
+    shown = [
+        [(each["table"], each["key"], each["column"]) for each in report["differences"]]
+        for report in (before, after)
+    ]
+    assert shown[0] == shown[1]
+    # No row was corrected twice.
+    assert audited(killed) == audited(untouched)
+    if not arguments:
+        again = await asyncio.to_thread(tollkeeper, f"sqlite:///{killed}/tollkeeper.db", "rebuild", "--check")
+        assert again.exit_code == 0
+
+
+def rebuild_process(
+    directory: Path, *arguments: str, seconds_max: float | None = None
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """`tollkeeper rebuild --resume` in a directory as a process of its own, and how long it worked.
+
+    It is killed (SIGKILL) when it has worked so long; to start up is no work.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "backend.app.cli",
+        "rebuild",
+        *arguments,
+        "--json",
+        "--resume",
+        "run.file",
+    ]
+    before = state_of_run(directory)
+    child = subprocess.Popen(
+        command,
+        cwd=directory,
+        env={
+            "PATH": os.environ.get("PATH", os.defpath),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "DATABASE_URL": "sqlite:///tollkeeper.db",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while child.poll() is None and state_of_run(directory) == before:
+        time.sleep(0.002)
+    started = time.monotonic()
+    try:
+        output, errors = child.communicate(timeout=seconds_max)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, errors = child.communicate()
+    seconds = time.monotonic() - started
+    return subprocess.CompletedProcess(command, child.returncode, output, errors), seconds
+
+
+def audited(directory: Path) -> list[tuple[str, str]]:
+    """Which rows of a directory's database were corrected, as often as they were."""
+    with closing(sqlite3.connect(directory / "tollkeeper.db")) as connection:
+        return connection.execute(
+            "SELECT resource_type, resource_id FROM audit_logs ORDER BY 1, 2"
+        ).fetchall()
+
+
+def state_of_run(directory: Path) -> set[tuple[str, int]]:
+    """What changes as soon as a run writes to its file."""
+    return {(path.name, path.stat().st_mtime_ns) for path in directory.glob("run.file-wal")}
+
+
+def test_a_file_of_another_run_is_wrong_use(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine " * 1_000, encoding="utf-8")
+    done = tollkeeper(url, "rebuild", "--check", "--resume", str(path))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "notes.txt is not a file of `rebuild --resume`" in done.stderr
+    assert path.read_text(encoding="utf-8").startswith("mine")
+
+
+def test_the_file_of_a_finished_run_is_gone(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.file"
+    assert tollkeeper(url, "rebuild", "--check", "--resume", str(path)).exit_code == 0
+    assert [found.name for found in tmp_path.glob("run.file*")] == []
 
 
 def test_a_valid_catalog_is_exit_0(url: str) -> None:

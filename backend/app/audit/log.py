@@ -7,16 +7,16 @@ import json
 from collections.abc import Sequence
 
 from backend.app.audit.models import AuditLog, audit_logs
+from backend.app.core.bulk import insert_rows
 from backend.app.core.clock import iso
 from backend.app.core.database import Tx
 
 
 async def append(tx: Tx, rows: Sequence[AuditLog]) -> None:
     """Adds rows to the open transaction; they are there if and only if it commits."""
-    if not rows:
-        return
-    await tx.execute(
-        audit_logs.insert(),
+    await insert_rows(
+        tx,
+        audit_logs,
         [
             {
                 "id": row.id,

@@ -11,13 +11,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from backend.app.billing import store
+from backend.app.billing import store_state
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.facts import CustomerId, FeatureValue, SubjectId
 from backend.app.billing.domain.merge import Entitlement, entitlement_of
 from backend.app.billing.domain.state import State
-from backend.app.billing.models import sources
-from backend.app.billing.store_rebuild import hold_still, load_users_after
+from backend.app.billing.store_rebuild import count_users, hold_still, load_users_after
 from backend.app.core.database import Database
 
 # Users whose sources are in memory at a time; a user has a few dozen facts.
@@ -99,7 +98,7 @@ class CatalogDiff:
         }
 
 
-def _silent(_done: int) -> None:
+def _silent(_done: int, _total: int) -> None:
     """Nobody is watching."""
 
 
@@ -109,18 +108,23 @@ async def compare_catalogs(
     new: Catalog,
     *,
     now: datetime,
-    progress: Callable[[int], None] = _silent,
+    progress: Callable[[int, int], None] = _silent,
 ) -> CatalogDiff:
-    """The difference between what the users have at an instant under one catalog and under another."""
+    """The difference between what the users have at an instant under one catalog and under another.
+
+    `progress` is told how many users were compared, and how many there are.
+    """
     diff = CatalogDiff()
     after: str | None = None
+    async with database.snapshot() as tx:
+        total = await count_users(tx)
     while True:
         async with database.snapshot() as tx:
             await hold_still(tx)
             users = await load_users_after(tx, after, limit=PAGE_USERS)
             if not users:
                 return diff
-            state = await store.load_sources(tx, sources.c.user_id.in_(users))
+            state = await store_state.load_state_of_users(tx, users)
         states = dict(_by_user(state))
         for user_id in users:
             own = states.get(user_id, State())
@@ -131,7 +135,7 @@ async def compare_catalogs(
             )
             diff.add(user_id, effects_of(old, new, *entitlements))
         after = users[-1]
-        progress(diff.users)
+        progress(diff.users, max(diff.users, total))
 
 
 def effects_of(old: Catalog, new: Catalog, before: Entitlement, after: Entitlement) -> Iterator[Effect]:

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from backend.app.billing import store, store_admin
+from backend.app.billing import store, store_admin, store_state
+from backend.app.billing.apply import Effects
 from backend.app.billing.domain.decide import Decision, EntitlementChange
 from backend.app.billing.domain.facts import (
     SOURCE_KINDS,
@@ -30,7 +31,7 @@ from backend.app.billing.domain.facts import (
 )
 from backend.app.billing.domain.state import State
 from backend.app.billing.grants import action_event, record
-from backend.app.billing.webhooks import BillingWebhooks, Effects
+from backend.app.billing.webhooks import BillingWebhooks
 from backend.app.core.clock import Clock, from_unix, to_unix
 from backend.app.core.database import Database, Tx
 from backend.app.core.errors import Conflict, InvalidParameters, InvalidRequest, NotFound
@@ -186,7 +187,8 @@ class Claims:
         now = self._clock.now()
         account = (wanted.source or wanted.customer or ("",))[0]
         event = action_event("claim.made", action_id, livemode=self._livemode, at=now, account=account)
-        if not await store.claim(tx, event, now=now):
+        (is_first,) = await store.claim(tx, [event], now=now)
+        if not is_first:
             # An earlier attempt of the same action has done it; since then it may have been moved.
             state = await _locked(tx, wanted.source, wanted.customer, wanted.user_id)
             if _other_owners(state, wanted):
@@ -278,16 +280,16 @@ async def _locked(
     tx: Tx, source: SubjectId | None, customer: CustomerId | None, user_id: str | None
 ) -> State:
     """What is claimed and whom it concerns, held until the transaction ends; NotFound for an unheard-of source."""
-    named = store.Parties(
+    named = store_state.Parties(
         subjects=frozenset({source} if source else ()),
         customers=frozenset({customer} if customer else ()),
         users=frozenset({user_id} if user_id is not None else ()),
     )
     if customer is not None:
         # All locks are taken at once, and a claim may concern each of the customer's sources.
-        seen = await store.load_state(tx, await store.load_parties(tx, named))
+        seen = await store_state.load_state(tx, await store_state.load_parties(tx, named))
         named = replace(named, subjects=frozenset(_sources_of_customer(seen, customer)))
-    state = await store.load_state(tx, await store.lock_parties(tx, named))
+    state = await store_state.load_state(tx, await store_state.lock_parties(tx, named))
     if source is not None and source not in state.sources:
         raise NotFound("Nothing was ever heard of this source.")
     return state

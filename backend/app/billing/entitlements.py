@@ -5,7 +5,6 @@ Expiry is computed when it is read, so no timer can forget to revoke. Why it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from backend.app.audit.models import AuditLog, audit_logs
-from backend.app.billing import store
+from backend.app.billing import store, store_state
 from backend.app.billing.domain.access import Access, Reading
 from backend.app.billing.domain.catalog import Catalog, Feature, FeatureType
 from backend.app.billing.domain.facts import FeatureValue, SubjectId
 from backend.app.billing.domain.merge import Entitlement, entitlement_of, feature_value, live_accesses
 from backend.app.billing.domain.state import State
-from backend.app.billing.models import PaymentEvent, entitlement_history, payment_events
+from backend.app.billing.history import history_page
+from backend.app.billing.models import PaymentEvent, payment_events
 from backend.app.billing.providers.fields import ID_CHARACTERS_MAX
 from backend.app.core.clock import iso
 from backend.app.core.database import Database, Tx, database_now
@@ -31,8 +31,6 @@ EVIDENCE_ROWS_MAX = 200
 
 # The `reason` of a value that everybody has.
 DEFAULT_PLAN_REASON = "default_plan"
-
-_HISTORY = "entitlement_history"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,27 +101,11 @@ class EntitlementService:
         Raises:
             InvalidRequest: the cursor is none of this list's.
         """
-        columns = entitlement_history.c
-        # The row after the last one shown tells which plan that one replaced.
-        statement = (
-            sa.select(entitlement_history)
-            .where(columns.user_id == user_id)
-            .order_by(columns.version.desc())
-            .limit(request.rows_max)
-        )
-        after = request.after(_HISTORY, int)
-        if after is not None:
-            statement = statement.where(columns.version < after[0])
         async with self._database.snapshot() as tx:
-            rows = [dict(row) for row in (await tx.execute(statement)).mappings()]
-        plans_before = [*(row["plan_code"] for row in rows[1:]), None]
-        # An empty list has one plan too many.
-        for row, plan_code_before in zip(rows, plans_before, strict=False):
-            row["plan_code_before"] = plan_code_before
-        return request.page(_HISTORY, rows, place=lambda row: (row["version"],), document=_history_document)
+            return await history_page(tx, self.catalog, user_id, request)
 
     async def _view(self, tx: Tx, user_id: str, at: datetime | None) -> View:
-        state = await store.load_state_of_user(tx, user_id, until=at)
+        state = await store_state.load_state_of_users(tx, [user_id], until=at)
         row = await store.load_entitlement(tx, user_id)
         now = await database_now(tx)
         # What has occurred is in force, also where this clock is a little behind Stripe's.
@@ -220,37 +202,24 @@ async def _load_evidence(tx: Tx, user_id: str, view: View) -> Evidence:
     written = await tx.execute(
         sa.select(*(column for column in audit_logs.c if column.name in AuditLog.__dataclass_fields__))
         .where(
-            rows.user_id == user_id,
             sa.or_(
-                rows.actor.in_({f"stripe:{event_id}" for event_id in event_ids}),
-                rows.resource_id.in_(
-                    {line.id for line in payments} | {source_id.object_id for source_id in view.state.sources}
+                sa.and_(
+                    rows.user_id == user_id,
+                    sa.or_(
+                        rows.actor.in_({f"stripe:{event_id}" for event_id in event_ids}),
+                        rows.resource_id.in_({source_id.object_id for source_id in view.state.sources}),
+                    ),
                 ),
-            ),
+                # Written before the line had a user, and never rewritten: so by the line alone.
+                sa.and_(
+                    rows.resource_type == "payment", rows.resource_id.in_({line.id for line in payments})
+                ),
+            )
         )
         .order_by(rows.created_at.desc(), rows.id.desc())
         .limit(EVIDENCE_ROWS_MAX)
     )
     return Evidence(payments=payments, audit=tuple(AuditLog(**row) for row in written.mappings()))
-
-
-def _history_document(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "version": row["version"],
-        "change": row["change"],
-        "plan_code_before": row["plan_code_before"],
-        "plan_code": row["plan_code"],
-        "entitlements": row["entitlements"],
-        "status": row["status"],
-        "valid_until": iso(row["valid_until"]) if row["valid_until"] else None,
-        "cause": {
-            "event_id": row["cause_event_id"],
-            "event_type": row["cause_event_type"],
-            "account": row["cause_account"] or None,
-        },
-        "occurred_at": iso(row["occurred_at"]),
-        "created_at": iso(row["created_at"]),
-    }
 
 
 def entitlement_document(view: View) -> dict[str, Any]:

@@ -9,15 +9,25 @@ Pure: it says nothing that does not follow from its arguments. docs/explain.md s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
 from backend.app.audit.models import AuditLog
 from backend.app.billing.domain.access import Access, Reading
-from backend.app.billing.domain.catalog import Catalog
-from backend.app.billing.domain.facts import Fact, FeatureValue, InvoiceFact, SubjectId, SubscriptionFact
+from backend.app.billing.domain.catalog import Catalog, Plan
+from backend.app.billing.domain.facts import (
+    Fact,
+    FeatureValue,
+    InvoiceFact,
+    PriceRef,
+    ScheduleFact,
+    SubjectId,
+    SubscriptionFact,
+)
 from backend.app.billing.domain.merge import Entitlement, boundaries, entitlement_of
+from backend.app.billing.domain.pricing import plans_of
 from backend.app.billing.entitlements import Evidence, FeatureCheck, View, check_feature
 from backend.app.billing.models import PaymentEvent
 from backend.app.core.clock import iso
@@ -61,10 +71,38 @@ RULES: Mapping[str, str] = {
     "fraud.confirmed": "a review found its payment to be fraud",
     "fraud.warning": "the card's issuer warned of fraud, and the policy ends access then",
     "customer.deleted": "the customer was deleted in Stripe",
+    "account.deauthorized": "the connected account was disconnected from the platform",
     "grant": "it was granted by hand",
     "grant.override": "it was set by hand, in place of whatever else would give",
     "grant.removed": "the grant was taken back",
 }
+
+
+class Why(StrEnum):
+    """Why a source does not give a feature the value that the user has."""
+
+    REFUSED = "refused"
+    RAN_OUT = "ran_out"
+    NOT_BEGUN = "not_begun"
+    UNMAPPED = "unmapped"
+    NO_MORE = "no_more"
+    OUTDONE = "outdone"
+    OVERRIDDEN = "overridden"
+
+
+WHY_TEXTS: Mapping[Why, str] = {
+    Why.REFUSED: "it gives nothing, for what its rule says",
+    Why.RAN_OUT: "it gave access that has run out",
+    Why.NOT_BEGUN: "its access has not begun yet",
+    Why.UNMAPPED: "the catalog does not know what was bought",
+    Why.NO_MORE: "it gives no more of this than everybody has",
+    Why.OUTDONE: "another source gives more of this",
+    Why.OVERRIDDEN: "a value set by hand stands in place of what it gives",
+}
+
+# Schedules in these states (docs.stripe.com/api/subscription_schedules/object#subscription_schedule_object-status)
+# still have something before them.
+SCHEDULES_AHEAD = frozenset({"not_started", "active"})
 
 # Stripe's object for each kind of source.
 OBJECTS: Mapping[str, str] = {
@@ -113,25 +151,93 @@ class NextChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Withheld:
+    """A source that does not give a feature its value: why, by which rule and newest event, and since when."""
+
+    source: SubjectId
+    why: Why
+    rule: str
+    event_id: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What Stripe is to change in a source; it counts once an event says that the source itself has changed.
+
+    `kind` and `object_id` name what plans it: a subscription schedule, or the subscription's own
+    cancellation. `features` are the values that would be others then, before and after; `unknown` names
+    the prices that the catalog lacks.
+    """
+
+    at: datetime
+    source: SubjectId
+    kind: str
+    object_id: str
+    event_id: str
+    plan_codes: tuple[str, ...]
+    unknown: tuple[str, ...]
+    features: Mapping[str, tuple[FeatureValue, FeatureValue]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Everything about a user at an instant: each feature, each source, and what comes next."""
+    """Everything about a user at an instant: each feature, each source, and what comes next.
+
+    `next_changes` happen by themselves if nothing more is heard; `planned` is what Stripe is to change.
+    """
 
     view: View
     features: tuple[FeatureCheck, ...]
+    withheld: Mapping[str, tuple[Withheld, ...]]
     sources: tuple[SourceExplanation, ...]
     next_changes: tuple[NextChange, ...]
+    planned: tuple[Planned, ...]
 
 
 def explain(catalog: Catalog, view: View, evidence: Evidence) -> Explanation:
     """Why a view is as it is."""
+    features = tuple(check_feature(catalog, view, key) for key in catalog.features)
     return Explanation(
         view=view,
-        features=tuple(check_feature(catalog, view, key) for key in catalog.features),
+        features=features,
+        withheld={check.key: tuple(_withheld(view, check)) for check in features},
         sources=tuple(
             _source_explanation(view, source_id, reading, evidence) for source_id, reading in view.readings
         ),
         next_changes=tuple(_next_changes(catalog, view)),
+        planned=tuple(_planned(catalog, view)),
     )
+
+
+def _withheld(view: View, check: FeatureCheck) -> Iterator[Withheld]:
+    """Every source that is not among a feature's givers."""
+    giving = {access.source for access in check.givers}
+    is_overridden = any(access.is_override for access in check.givers)
+    for source_id, reading in view.readings:
+        if source_id in giving:
+            continue
+        live = [access for access in reading.accesses if access.is_live(view.at)]
+        if live:
+            why = Why.NO_MORE
+            if check.givers:
+                why = Why.OVERRIDDEN if is_overridden else Why.OUTDONE
+            rule, event_id, since = live[0].rule, live[0].event_id, live[0].starts_at
+        else:
+            why, rule, event_id, since = _nothing_given(reading, view.at)
+        yield Withheld(source=source_id, why=why, rule=rule, event_id=event_id, since=since)
+
+
+def _nothing_given(reading: Reading, at: datetime) -> tuple[Why, str, str, datetime]:
+    """Why a source has no live access: the reason, its rule and event, and since when that is so."""
+    over = [access for access in reading.accesses if access.ends_at is not None and access.ends_at <= at]
+    if over:
+        last = max(over, key=lambda access: access.ends_at or at)
+        return Why.RAN_OUT, last.rule, last.event_id, last.ends_at or at
+    if reading.accesses:
+        return Why.NOT_BEGUN, reading.rule, reading.event_id, reading.as_of
+    why = Why.UNMAPPED if reading.grants else Why.REFUSED
+    return why, reading.rule, reading.event_id, reading.as_of
 
 
 def _source_explanation(
@@ -187,6 +293,112 @@ def _next_changes(catalog: Catalog, view: View) -> Iterator[NextChange]:
         before = after
 
 
+def _planned(catalog: Catalog, view: View) -> Iterator[Planned]:
+    """What schedules and cancellations plan for the subscriptions that give access, the soonest first."""
+    found = [
+        plan
+        for source_id, reading in view.readings
+        for plan in _planned_for(catalog, view, source_id, reading)
+    ]
+    yield from sorted(found, key=lambda plan: (plan.at, plan.source))[:NEXT_CHANGES_MAX]
+
+
+def _planned_for(catalog: Catalog, view: View, source_id: SubjectId, reading: Reading) -> Iterator[Planned]:
+    if not reading.grants:
+        return
+    others = [other for other_id, other in view.readings if other_id != source_id]
+    # Until then Stripe renews it; so what it gives now does not end before.
+    given = [replace(access, ends_at=None) for access in reading.accesses if access.is_live(view.at)]
+    for step in _steps(view, source_id, reading):
+        parts = [(price, place) for place, price in enumerate(step.prices)]
+        plans, unknown = plans_of(catalog, parts, None) if parts else ([], ())
+        then = [_access_then(source_id, step, plan, place, reading) for plan, place in plans]
+        before, after = (
+            entitlement_of(
+                catalog,
+                view.entitlement.user_id,
+                [*others, replace(reading, accesses=tuple(accesses))],
+                at=step.at,
+            ).features
+            for accesses in (given, then)
+        )
+        yield Planned(
+            at=step.at,
+            source=source_id,
+            kind=step.kind,
+            object_id=step.object_id,
+            event_id=step.event_id,
+            plan_codes=tuple(plan.code for plan, _ in plans),
+            unknown=unknown,
+            features={key: (before[key], value) for key, value in after.items() if value != before[key]},
+        )
+        given = then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """From when on something planned wants which prices; no prices are the end."""
+
+    at: datetime
+    kind: str
+    object_id: str
+    event_id: str
+    prices: tuple[PriceRef, ...]
+
+
+def _steps(view: View, source_id: SubjectId, reading: Reading) -> list[_Step]:
+    facts = view.state.source(source_id).facts
+    newest: dict[str, ScheduleFact] = {}
+    for fact in sorted(facts, key=lambda fact: (fact.as_of, fact.event_id)):
+        if isinstance(fact, ScheduleFact):
+            newest[fact.schedule_id] = fact
+    steps = [
+        _Step(
+            at=phase.starts_at,
+            kind="subscription schedule",
+            object_id=schedule.schedule_id,
+            event_id=schedule.event_id,
+            prices=phase.prices,
+        )
+        for schedule in newest.values()
+        if schedule.status in SCHEDULES_AHEAD
+        for phase in schedule.phases
+    ]
+    ends = [
+        _Step(
+            at=fact.cancel_at,
+            kind="subscription",
+            object_id=fact.subscription_id,
+            event_id=fact.event_id,
+            prices=(),
+        )
+        for fact in facts
+        if isinstance(fact, SubscriptionFact) and fact.event_id == reading.event_id and fact.cancel_at
+    ]
+    # An end that needs no further word is among the changes that come by themselves.
+    certain = {access.ends_at for access in reading.accesses}
+    ahead = [
+        step for step in [*steps, *ends] if step.at > view.at and (step.prices or step.at not in certain)
+    ]
+    return sorted(ahead, key=lambda step: step.at)
+
+
+def _access_then(source_id: SubjectId, step: _Step, plan: Plan, place: int, reading: Reading) -> Access:
+    # A phase's seats are not known here; those of today are the best guess.
+    seats = [access.quantity for access in reading.accesses]
+    return Access(
+        source=source_id,
+        part=f"{place:03}",
+        plan=plan,
+        quantity=seats[place] if place < len(seats) else 1,
+        status=reading.status,
+        rule=reading.rule,
+        event_id=step.event_id,
+        starts_at=step.at,
+        ends_at=None,
+    )
+
+
 def _is_same(before: Entitlement, after: Entitlement) -> bool:
     return (before.plan_code, before.status, dict(before.features)) == (
         after.plan_code,
@@ -212,8 +424,7 @@ def explanation_document(explanation: Explanation) -> dict[str, Any]:
                 "text": rule_text(check.reason),
                 "given_by": [
                     {
-                        "source": access.source.key,
-                        "account": access.source.account or None,
+                        **_object_document(access.source),
                         "plan_code": access.plan.code if access.plan else None,
                         "rule": access.rule,
                         "event_id": access.event_id,
@@ -221,7 +432,18 @@ def explanation_document(explanation: Explanation) -> dict[str, Any]:
                     }
                     for access in check.givers
                 ],
-                "next": _next_of_feature(explanation.next_changes, check.key),
+                "not_given_by": [
+                    {
+                        **_object_document(one.source),
+                        "why": one.why.value,
+                        "rule": one.rule,
+                        "text": f"{WHY_TEXTS[one.why]}: {rule_text(one.rule)}",
+                        "event_id": one.event_id,
+                        "since": iso(one.since),
+                    }
+                    for one in explanation.withheld[check.key]
+                ],
+                "next": _next_of_feature(explanation, check.key),
             }
             for check in explanation.features
         ],
@@ -239,22 +461,73 @@ def explanation_document(explanation: Explanation) -> dict[str, Any]:
             }
             for change in explanation.next_changes
         ],
+        "planned_changes": [
+            {
+                "at": iso(planned.at),
+                **_planner_document(planned),
+                "plan_codes": list(planned.plan_codes),
+                "unknown": list(planned.unknown),
+                "entitlements": {
+                    key: {"before": before, "after": after}
+                    for key, (before, after) in planned.features.items()
+                },
+                "text": _planned_text(planned),
+            }
+            for planned in explanation.planned
+        ],
     }
 
 
-def _next_of_feature(changes: Iterable[NextChange], key: str) -> dict[str, Any] | None:
-    for change in changes:
-        if key in change.features:
-            return {"at": iso(change.at), "value": change.after.features[key]}
-    return None
+def _next_of_feature(explanation: Explanation, key: str) -> dict[str, Any] | None:
+    """The soonest change of a feature's value; `is_planned`: Stripe is to make it, so an event must still tell it."""
+    certain = next((change for change in explanation.next_changes if key in change.features), None)
+    planned = next((change for change in explanation.planned if key in change.features), None)
+    if planned is not None and (certain is None or planned.at <= certain.at):
+        return {
+            "at": iso(planned.at),
+            "value": planned.features[key][1],
+            "is_planned": True,
+            "because": [_planner_document(planned)],
+        }
+    if certain is None:
+        return None
+    return {
+        "at": iso(certain.at),
+        "value": certain.after.features[key],
+        "is_planned": False,
+        "because": _because(certain),
+    }
+
+
+def _object_document(source: SubjectId) -> dict[str, Any]:
+    return {
+        "source": source.key,
+        "account": source.account or None,
+        "object": OBJECTS.get(source.kind, source.kind),
+        "object_id": source.object_id,
+    }
+
+
+def _planner_document(planned: Planned) -> dict[str, Any]:
+    return {
+        "source": planned.source.key,
+        "account": planned.source.account or None,
+        "object": planned.kind,
+        "object_id": planned.object_id,
+        "event_id": planned.event_id,
+    }
+
+
+def _planned_text(planned: Planned) -> str:
+    """What is planned, in words."""
+    wanted = ", ".join((*planned.plan_codes, *planned.unknown))
+    what = f"moves {planned.source.key} to {wanted}" if wanted else f"ends {planned.source.key}"
+    return f"{planned.kind} {planned.object_id} {what}; it counts once Stripe says that it has happened"
 
 
 def _source_document(source: SourceExplanation) -> dict[str, Any]:
     return {
-        "source": source.id.key,
-        "account": source.id.account or None,
-        "object": OBJECTS.get(source.id.kind, source.id.kind),
-        "object_id": source.id.object_id,
+        **_object_document(source.id),
         "customer_id": source.customer_id,
         "status": source.reading.status,
         "counts": source.counts,
@@ -293,11 +566,12 @@ def _source_document(source: SourceExplanation) -> dict[str, Any]:
 def _because(change: NextChange) -> list[dict[str, Any]]:
     return [
         {
-            "source": access.source.key,
+            **_object_document(access.source),
             "plan_code": access.plan.code if access.plan else None,
             "what": what,
             "rule": access.rule,
             "text": rule_text(access.rule),
+            "event_id": access.event_id,
         }
         for what, accesses in (("ends", change.end), ("begins", change.begin))
         for access in accesses
@@ -323,6 +597,7 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         ("Features", _feature_lines(explanation), "none"),
         ("Sources", _source_lines(explanation.sources), "none: nothing was ever heard of this user"),
         ("What changes next, if nothing more is heard", _change_lines(explanation.next_changes), "nothing"),
+        ("What Stripe is to change", _planned_lines(explanation.planned), "nothing that is known"),
     ):
         yield ""
         yield title
@@ -335,9 +610,12 @@ def _feature_lines(explanation: Explanation) -> Iterator[str]:
         yield f"    {rule_text(check.reason)} [{check.reason}]"
         for access in check.givers:
             yield f"    from {_access_text(access)}"
-        following = _next_of_feature(explanation.next_changes, check.key)
+        for one in explanation.withheld[check.key]:
+            yield f"    not from {one.source.key}: {WHY_TEXTS[one.why]} [{one.rule}], since {iso(one.since)}"
+        following = _next_of_feature(explanation, check.key)
         if following is not None:
-            yield f"    from {following['at']} on: {_value(following['value'])}"
+            planned = " (planned)" if following["is_planned"] else ""
+            yield f"    from {following['at']} on: {_value(following['value'])}{planned}"
 
 
 def _source_lines(sources: Iterable[SourceExplanation]) -> Iterator[str]:
@@ -373,6 +651,13 @@ def _change_lines(changes: Iterable[NextChange]) -> Iterator[str]:
         for what, accesses in (("ends", change.end), ("begins", change.begin)):
             for access in accesses:
                 yield f"    because {_given(access)} {what}: {rule_text(access.rule)}"
+
+
+def _planned_lines(planned_changes: Iterable[Planned]) -> Iterator[str]:
+    for planned in planned_changes:
+        yield f"{iso(planned.at)}: {_planned_text(planned)} (event {planned.event_id})"
+        for key, (before, after) in planned.features.items():
+            yield f"    {key}: {_value(before)} -> {_value(after)}"
 
 
 def _access_text(access: Access) -> str:
@@ -421,7 +706,10 @@ _SAYS: Mapping[str, Callable[[Any], str]] = {
     "charge": lambda fact: f"{fact.amount_refunded} of {fact.amount} refunded",
     "dispute": lambda fact: f"dispute {fact.dispute_id} over {fact.amount}, {fact.status}",
     "fraud": lambda fact: "found to be fraud" if fact.is_confirmed else "warned of fraud",
-    "ended": lambda _: "customer deleted",
+    "ended": lambda fact: (
+        "customer deleted" if fact.event_type == "customer.deleted" else "account disconnected"
+    ),
+    "schedule": lambda fact: f"schedule {fact.schedule_id}, {fact.status}, {len(fact.phases)} phases",
     "grant": lambda fact: f"{'taken back' if fact.is_removed else 'granted'} by {fact.actor}: {fact.reason}",
     "claim": lambda fact: f"given to {fact.user_id} by {fact.actor}: {fact.reason}",
 }

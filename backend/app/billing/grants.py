@@ -14,9 +14,11 @@ from typing import Any
 
 from backend.app.audit import log as audit_log
 from backend.app.audit.models import AuditLog
-from backend.app.billing import store, store_admin
+from backend.app.billing import store, store_admin, store_state
+from backend.app.billing.apply import Effects
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.facts import (
+    ACTION_ID_PREFIX,
     About,
     Event,
     FeatureValue,
@@ -24,7 +26,7 @@ from backend.app.billing.domain.facts import (
     SubjectId,
     Translation,
 )
-from backend.app.billing.webhooks import ACTION_ID_PREFIX, BillingWebhooks, Effects
+from backend.app.billing.webhooks import BillingWebhooks
 from backend.app.core.clock import Clock, iso
 from backend.app.core.database import Database, Tx, database_now
 from backend.app.core.errors import InvalidParameters, NotFound
@@ -108,7 +110,8 @@ class Grants:
         event = action_event("grant.created", action_id, livemode=self._livemode, at=now)
         subject = self._subject(action_id)
         async with self._database.transaction() as tx:
-            if await store.claim(tx, event, now=now):
+            (is_first,) = await store.claim(tx, [event], now=now)
+            if is_first:
                 fact = GrantFact(
                     event_id=event.id,
                     event_type=event.type,
@@ -140,9 +143,9 @@ class Grants:
         event = action_event("grant.removed", action_id, livemode=self._livemode, at=now)
         subject = self._subject(grant_id)
         async with self._database.transaction() as tx:
-            await store.lock_parties(
+            await store_state.lock_parties(
                 tx,
-                store.Parties(
+                store_state.Parties(
                     subjects=frozenset({subject}), customers=frozenset(), users=frozenset({user_id})
                 ),
             )

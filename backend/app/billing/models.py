@@ -54,6 +54,23 @@ webhook_events = sa.Table(
     sa.Index("ix_webhook_events_received_at", "received_at"),
     sa.Index("ix_webhook_events_position", "position"),
     sa.Index("ix_webhook_events_user_id", "user_id", "received_at"),
+    # By these two a deleted customer's events are found; refunds and disputes name no customer.
+    sa.Index(
+        "ix_webhook_events_customer_id",
+        "account",
+        "livemode",
+        "customer_id",
+        postgresql_where=sa.text("customer_id IS NOT NULL"),
+        sqlite_where=sa.text("customer_id IS NOT NULL"),
+    ),
+    sa.Index(
+        "ix_webhook_events_subject_without_customer",
+        "account",
+        "livemode",
+        "subject_key",
+        postgresql_where=sa.text("customer_id IS NULL"),
+        sqlite_where=sa.text("customer_id IS NULL"),
+    ),
     sa.Index(
         "ix_webhook_events_waiting_subject",
         "account",
@@ -109,7 +126,8 @@ links = sa.Table(
     sa.Column("livemode", sa.Boolean, primary_key=True),
     sa.Column("child", sa.Text, primary_key=True),
     sa.Column("parent", sa.Text, primary_key=True),
-    sa.Index("ix_links_parent", "account", "livemode", "parent"),
+    # With the child in it: SQLite would else rather walk through all of an account's links in the key's index.
+    sa.Index("ix_links_parent", "account", "livemode", "parent", "child"),
 )
 
 # Which event claimed that a customer is a user.
@@ -201,6 +219,14 @@ payment_events = sa.Table(
         "subject_key",
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
+    ),
+    sa.Index(
+        "ix_payment_events_unnamed_subject",
+        "account",
+        "livemode",
+        "subject_key",
+        postgresql_where=sa.text("plan_code IS NULL"),
+        sqlite_where=sa.text("plan_code IS NULL"),
     ),
 )
 

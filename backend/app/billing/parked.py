@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 
 from backend.app.billing import store, store_admin
+from backend.app.billing.apply import Effects
 from backend.app.billing.domain.decide import Decision, EntitlementChange
 from backend.app.billing.domain.facts import Event
 from backend.app.billing.domain.merge import Entitlement
@@ -15,7 +16,7 @@ from backend.app.billing.grants import action_event, record
 from backend.app.billing.providers.stripe_event import StripeEvent, read_event
 from backend.app.billing.store_admin import EventKey, KeptEvent
 from backend.app.billing.strict_json import parse_event_json
-from backend.app.billing.webhooks import BillingWebhooks, Effects, answer_body
+from backend.app.billing.webhooks import BillingWebhooks, answer_body
 from backend.app.core.clock import Clock, iso
 from backend.app.core.database import Database, Tx
 from backend.app.core.errors import Conflict, NotFound
@@ -136,7 +137,7 @@ class StoredEvents:
     async def _apply(self, tx: Tx, key: EventKey, effects: Effects) -> Reprocessed:
         event = _read(await store_admin.load_kept_event(tx, key))
         # Waits for a delivery of a failed event that is under way; what it did is then seen below.
-        is_first = await store.claim(tx, event.envelope, now=self._clock.now())
+        (is_first,) = await store.claim(tx, [event.envelope], now=self._clock.now())
         kept = await store_admin.load_kept_event(tx, key)
         decision = await self._webhooks.process(tx, event, effects)
         if is_first:
@@ -176,22 +177,24 @@ class StoredEvents:
 
 async def _save_as_delivered(tx: Tx, kept: KeptEvent, event: Event, decision: Decision) -> None:
     """Writes what a delivery would have written; when it came and as which request stays."""
-    await store.save_event(
+    await store.save_events(
         tx,
-        store.StoredEvent(
-            event=event,
-            received_at=kept.received_at,
-            payload=kept.payload,
-            payload_sha256=kept.payload_sha256,
-            request_id=kept.request_id or "",
-            status=decision.status,
-            reason=decision.reason,
-            user_id=decision.user_id,
-            plan_code=decision.plan_code,
-            customer_id=decision.customer.id if decision.customer else None,
-            subject_key=decision.subject.key if decision.subject else None,
-            answer=answer_body(event, decision).decode("ascii"),
-        ),
+        [
+            store.StoredEvent(
+                event=event,
+                received_at=kept.received_at,
+                payload=kept.payload,
+                payload_sha256=kept.payload_sha256,
+                request_id=kept.request_id or "",
+                status=decision.status,
+                reason=decision.reason,
+                user_id=decision.user_id,
+                plan_code=decision.plan_code,
+                customer_id=decision.customer.id if decision.customer else None,
+                subject_key=decision.subject.key if decision.subject else None,
+                answer=answer_body(event, decision).decode("ascii"),
+            )
+        ],
     )
 
 

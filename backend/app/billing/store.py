@@ -1,23 +1,20 @@
-"""All SQL of billing, as functions of an open transaction; what they read and write are the domain's values.
+"""What billing writes, as functions of an open transaction; what they take are the domain's values.
 
 Functions take many rows at once: the number of statements does not grow with the number of events.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Any
 
 import sqlalchemy as sa
-from pydantic import Field, TypeAdapter
 
 from backend.app.billing.domain.decide import Attribution, EntitlementChange, Status, Waiting
-from backend.app.billing.domain.facts import CustomerId, Event, Fact, SubjectId, Tie, Via
-from backend.app.billing.domain.merge import Entitlement
-from backend.app.billing.domain.state import Owned, State
+from backend.app.billing.domain.facts import CustomerId, Event, EventKey, Fact, SubjectId, Tie, Via
+from backend.app.billing.domain.state import Owned
 from backend.app.billing.models import (
     PaymentEvent,
     UserEntitlement,
@@ -31,20 +28,22 @@ from backend.app.billing.models import (
     webhook_claims,
     webhook_events,
 )
+from backend.app.billing.store_state import FACT
+from backend.app.core.bulk import insert_new, insert_rows
 from backend.app.core.database import Tx, insert
-from backend.app.core.errors import StoreUnavailable
 from backend.app.core.ids import new_id
-
-# A decision looks at the newest facts of each kind of a subject only, so that its cost does not grow with
-# history. A subscription past due through more snapshots than this would seem past due a little shorter.
-FACTS_PER_SUBJECT_MAX = 64
 
 FAILED = "failed"
 
-# Whom an event concerns grows only while others commit at the same moment; each round waits for them.
-LOCK_ROUNDS_MAX = 5
-
-_FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
+_EVENT_COLUMNS = [
+    name
+    for name in webhook_events.c.keys()  # noqa: SIM118  # not a dict
+    if name not in ("account", "livemode", "event_id", "attempts")
+]
+_EVENT_AGAIN = (
+    "ON CONFLICT (account, livemode, event_id) DO UPDATE SET attempts = webhook_events.attempts + 1, "
+    + ", ".join(f"{name} = excluded.{name}" for name in _EVENT_COLUMNS)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,229 +64,40 @@ class StoredEvent:
     answer: str
 
 
-async def claim(tx: Tx, event: Event, *, now: datetime) -> bool:
-    """Whether this transaction is the first to process the event.
+async def claim(tx: Tx, events: Sequence[Event], *, now: datetime) -> list[bool]:
+    """For each event, whether this transaction is the first to process it.
 
-    Waits while another transaction holds the claim: if that one commits the answer is False, if it
-    rolls back it is True.
+    Waits while another transaction holds a claim: if that one commits the answer is False, if it rolls
+    back it is True. Of an event that is named twice the first is the first.
     """
+    new = await insert_new(
+        tx,
+        webhook_claims,
+        [
+            {"account": event.account, "livemode": event.livemode, "event_id": event.id, "claimed_at": now}
+            for event in events
+        ],
+        key=("account", "livemode", "event_id"),
+    )
+    won: list[bool] = []
+    for event in events:
+        won.append(event.key in new)
+        new.discard(event.key)
+    return won
+
+
+async def stored_answers(tx: Tx, events: Sequence[Event]) -> dict[EventKey, str]:
+    """The bodies that the first deliveries of claimed events were answered with."""
+    if not events:
+        return {}
+    columns = webhook_events.c
+    keys = [SubjectId(*event.key) for event in events]
     result = await tx.execute(
-        insert(webhook_claims, tx)
-        .values(account=event.account, livemode=event.livemode, event_id=event.id, claimed_at=now)
-        .on_conflict_do_nothing()
-        .returning(webhook_claims.c.event_id)
+        sa.select(columns.account, columns.livemode, columns.event_id, columns.answer).where(
+            named_in(webhook_events, "event_id", keys)
+        )
     )
-    return result.first() is not None
-
-
-async def stored_answer(tx: Tx, event: Event) -> str:
-    """The body that the first delivery of a claimed event was answered with."""
-    result = await tx.execute(sa.select(webhook_events.c.answer).where(_is_event(event)))
-    answer: str = result.scalar_one()
-    return answer
-
-
-async def lock_parties(tx: Tx, named: Parties) -> Parties:
-    """All that the named parties concern, held until the transaction ends, so that decisions do not interleave.
-
-    Locks are taken all at once in the order of their numbers, so two transactions can't wait for each
-    other. Whom an event concerns is only known by reading, so it is read again under the locks; where
-    more turned up meanwhile, the locks are given back and taken anew. On SQLite the one writer is lock
-    enough.
-
-    Raises:
-        StoreUnavailable: the parties kept growing; the delivery will come again.
-    """
-    parties = await load_parties(tx, named)
-    if tx.dialect.name != "postgresql":
-        return parties
-    for _ in range(LOCK_ROUNDS_MAX):
-        await tx.execute(sa.text("SAVEPOINT before_locks"))
-        await _lock(tx, parties.names)
-        seen = await load_parties(tx, named)
-        if seen.names <= parties.names:
-            return seen
-        await tx.execute(sa.text("ROLLBACK TO SAVEPOINT before_locks"))
-        parties = seen
-    raise StoreUnavailable
-
-
-async def _lock(tx: Tx, names: Collection[str]) -> None:
-    numbers = sorted({_lock_number(name) for name in names})
-    if numbers:
-        await tx.execute(
-            sa.text(
-                "SELECT count(pg_advisory_xact_lock(number)) FROM unnest(CAST(:numbers AS bigint[])) number"
-            ),
-            {"numbers": numbers},
-        )
-
-
-def _lock_number(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parties:
-    """Whom some subjects and customers concern: what has to be locked before a decision about them."""
-
-    subjects: frozenset[SubjectId]
-    customers: frozenset[CustomerId]
-    users: frozenset[str]
-
-    @property
-    def names(self) -> set[str]:
-        """The names to lock."""
-        return {
-            *(f"{account}/{livemode}/{key}" for account, livemode, key in self.subjects),
-            *(f"{account}/{livemode}/cus:{key}" for account, livemode, key in self.customers),
-            *(f"user/{user_id}" for user_id in self.users),
-        }
-
-
-async def load_parties(tx: Tx, named: Parties) -> Parties:
-    """The named subjects with all that they bear on, the customers behind them, and the users of both."""
-    subjects, customers, users = set(named.subjects), set(named.customers), set(named.users)
-    if subjects:
-        above = _closure(_literal_seeds(subjects), upwards=True)
-        for row in await tx.execute(sa.select(above)):
-            subjects.add(SubjectId(row.account, row.livemode, row.key))
-    for row in await tx.execute(sa.select(sources).where(_concerning(subjects, customers, frozenset()))):
-        if row.customer_id is not None:
-            customers.add(CustomerId(row.account, row.livemode, row.customer_id))
-        if row.user_id is not None:
-            users.add(row.user_id)
-    if customers:
-        for row in await tx.execute(
-            sa.select(customer_ties.c.user_id).where(_in(customer_ties, "customer_id", customers))
-        ):
-            users.add(row.user_id)
-    return Parties(subjects=frozenset(subjects), customers=frozenset(customers), users=frozenset(users))
-
-
-async def load_state(tx: Tx, parties: Parties) -> State:
-    """The state that decisions about these parties need: all sources of their users and customers, with facts."""
-    condition = _concerning(parties.subjects, parties.customers, parties.users)
-    entitlements: dict[str, Entitlement] = {}
-    if parties.users:
-        for row in await tx.execute(
-            sa.select(user_entitlements).where(user_entitlements.c.user_id.in_(sorted(parties.users)))
-        ):
-            entitlements[row.user_id] = Entitlement(
-                user_id=row.user_id,
-                plan_code=row.plan_code,
-                status=row.status,
-                features=row.entitlements,
-                valid_until=row.valid_until,
-                activated_at=row.activated_at,
-                version=row.version,
-            )
-    state = await load_sources(tx, condition, more=parties.subjects)
-    customers = {
-        CustomerId(source_id.account, source_id.livemode, owned.customer_id)
-        for source_id, owned in state.sources.items()
-        if owned.customer_id is not None
-    } | parties.customers
-    return replace(state, ties=await load_ties(tx, customers), entitlements=entitlements)
-
-
-async def load_ties(tx: Tx, customers: Collection[CustomerId]) -> dict[CustomerId, frozenset[Tie]]:
-    """All claims on some customers."""
-    ties: dict[CustomerId, frozenset[Tie]] = {}
-    if not customers:
-        return ties
-    for row in await tx.execute(sa.select(customer_ties).where(_in(customer_ties, "customer_id", customers))):
-        customer = CustomerId(row.account, row.livemode, row.customer_id)
-        tie = Tie(
-            customer_id=row.customer_id,
-            user_id=row.user_id,
-            via=Via(row.via),
-            occurred_at=row.occurred_at,
-            event_id=row.event_id,
-        )
-        ties[customer] = ties.get(customer, frozenset()) | {tie}
-    return ties
-
-
-async def load_sources(
-    tx: Tx,
-    condition: sa.ColumnElement[bool],
-    *,
-    more: Collection[SubjectId] = (),
-    until: datetime | None = None,
-) -> State:
-    """The sources that meet a condition, with all that bears on them, each subject with its newest facts.
-
-    `more` are further subjects to load with what bears on them; `until` leaves out what occurred later.
-    """
-    loaded: dict[SubjectId, Owned] = {}
-    for row in await tx.execute(sa.select(sources).where(condition)):
-        loaded[SubjectId(row.account, row.livemode, row.source_key)] = Owned(
-            customer_id=row.customer_id, user_id=row.user_id
-        )
-    seeds: list[sa.Select[str, bool, str]] = [
-        sa.select(sources.c.account, sources.c.livemode, sources.c.source_key.label("key")).where(condition),
-        sa.select(
-            sources.c.account, sources.c.livemode, (sa.literal("cus:") + sources.c.customer_id).label("key")
-        ).where(condition, sources.c.customer_id.is_not(None)),
-        sa.select(
-            sources.c.account, sources.c.livemode, (sa.literal("acct:") + sources.c.account).label("key")
-        ).where(condition, sources.c.account != ""),
-    ]
-    below = _closure(sa.union(*seeds, *_literal_selects(more)), upwards=False)
-    parents: dict[SubjectId, frozenset[SubjectId]] = {}
-    for row in await tx.execute(
-        sa.select(links).join(
-            below,
-            sa.and_(
-                links.c.account == below.c.account,
-                links.c.livemode == below.c.livemode,
-                links.c.child == below.c.key,
-            ),
-        )
-    ):
-        child = SubjectId(row.account, row.livemode, row.child)
-        parents[child] = parents.get(child, frozenset()) | {SubjectId(row.account, row.livemode, row.parent)}
-    return State(sources=loaded, parents=parents, facts=await _load_facts(tx, below, until))
-
-
-async def _load_facts(tx: Tx, subjects: sa.CTE, until: datetime | None) -> dict[SubjectId, tuple[Fact, ...]]:
-    newest = (
-        sa.select(
-            facts.c.account,
-            facts.c.livemode,
-            facts.c.subject_key,
-            facts.c.body,
-            sa.func.row_number()
-            .over(
-                # Each kind by itself: a subscription's many snapshots must not push its one checkout out,
-                # which may name the user and the plan.
-                partition_by=(facts.c.account, facts.c.livemode, facts.c.subject_key, facts.c.kind),
-                order_by=(facts.c.as_of.desc(), facts.c.event_id.desc()),
-            )
-            .label("place"),
-        )
-        .join(
-            subjects,
-            sa.and_(
-                facts.c.account == subjects.c.account,
-                facts.c.livemode == subjects.c.livemode,
-                facts.c.subject_key == subjects.c.key,
-            ),
-        )
-        .where(facts.c.as_of <= until if until is not None else sa.true())
-        .subquery()
-    )
-    found: dict[SubjectId, tuple[Fact, ...]] = {}
-    for row in await tx.execute(sa.select(newest).where(newest.c.place <= FACTS_PER_SUBJECT_MAX)):
-        subject = SubjectId(row.account, row.livemode, row.subject_key)
-        found[subject] = (*found.get(subject, ()), _FACT.validate_python(row.body))
-    return found
-
-
-async def load_state_of_user(tx: Tx, user_id: str, *, until: datetime | None = None) -> State:
-    """A user's sources with all that bears on them, as far as it had occurred at an instant."""
-    return await load_sources(tx, sources.c.user_id == user_id, until=until)
+    return {(row.account, row.livemode, row.event_id): row.answer for row in result if row.answer is not None}
 
 
 async def load_entitlement(tx: Tx, user_id: str) -> UserEntitlement | None:
@@ -298,19 +108,10 @@ async def load_entitlement(tx: Tx, user_id: str) -> UserEntitlement | None:
 
 
 async def save_sources(tx: Tx, touched: Sequence[tuple[SubjectId, Owned]], *, now: datetime) -> None:
-    """Writes sources with their customers and owners."""
-    if not touched:
-        return
-    statement = insert(sources, tx)
-    await tx.execute(
-        statement.on_conflict_do_update(
-            index_elements=["account", "livemode", "source_key"],
-            set_={
-                "customer_id": statement.excluded.customer_id,
-                "user_id": statement.excluded.user_id,
-                "updated_at": statement.excluded.updated_at,
-            },
-        ),
+    """Writes sources with their customers and owners, each once."""
+    await insert_rows(
+        tx,
+        sources,
         [
             {
                 "account": source_id.account,
@@ -323,15 +124,16 @@ async def save_sources(tx: Tx, touched: Sequence[tuple[SubjectId, Owned]], *, no
             }
             for source_id, owned in touched
         ],
+        """ON CONFLICT (account, livemode, source_key) DO UPDATE SET customer_id = excluded.customer_id,
+        user_id = excluded.user_id, updated_at = excluded.updated_at""",
     )
 
 
 async def save_facts(tx: Tx, new: Sequence[tuple[SubjectId, Fact]]) -> None:
     """Adds facts; one that is there already stays as it is."""
-    if not new:
-        return
-    await tx.execute(
-        insert(facts, tx).on_conflict_do_nothing(),
+    await insert_rows(
+        tx,
+        facts,
         [
             {
                 "account": subject.account,
@@ -340,19 +142,19 @@ async def save_facts(tx: Tx, new: Sequence[tuple[SubjectId, Fact]]) -> None:
                 "kind": fact.kind,
                 "as_of": fact.as_of,
                 "event_id": fact.event_id,
-                "body": _FACT.dump_python(fact, mode="json"),
+                "body": FACT.dump_python(fact, mode="json"),
             }
             for subject, fact in new
         ],
+        "ON CONFLICT DO NOTHING",
     )
 
 
 async def save_links(tx: Tx, new: Sequence[tuple[SubjectId, SubjectId]]) -> None:
     """Adds links from children to parents."""
-    if not new:
-        return
-    await tx.execute(
-        insert(links, tx).on_conflict_do_nothing(),
+    await insert_rows(
+        tx,
+        links,
         [
             {
                 "account": child.account,
@@ -362,120 +164,114 @@ async def save_links(tx: Tx, new: Sequence[tuple[SubjectId, SubjectId]]) -> None
             }
             for child, parent in new
         ],
+        "ON CONFLICT DO NOTHING",
     )
 
 
 async def save_ties(tx: Tx, ties: Sequence[tuple[CustomerId, Tie]]) -> None:
     """Adds claims that a customer is a user; of equal claims that is kept which is stronger, whatever came first."""
-    if not ties:
-        return
-    statement = insert(customer_ties, tx)
-    later_word = sa.and_(
-        customer_ties.c.via == int(Via.ADMIN), statement.excluded.occurred_at > customer_ties.c.occurred_at
-    )
-    earlier = sa.or_(
-        statement.excluded.occurred_at < customer_ties.c.occurred_at,
-        sa.and_(
-            statement.excluded.occurred_at == customer_ties.c.occurred_at,
-            statement.excluded.event_id < customer_ties.c.event_id,
-        ),
-    )
-    await tx.execute(
-        statement.on_conflict_do_update(
-            index_elements=["account", "livemode", "customer_id", "user_id", "via"],
-            set_={
-                "occurred_at": statement.excluded.occurred_at,
-                "event_id": statement.excluded.event_id,
-            },
-            where=sa.or_(later_word, sa.and_(customer_ties.c.via != int(Via.ADMIN), earlier)),
-        ),
+    strongest: dict[tuple[CustomerId, str, Via], Tie] = {}
+    for customer, tie in ties:
+        name = (customer, tie.user_id, tie.via)
+        known = strongest.get(name)
+        if known is None or _replaces(tie, known):
+            strongest[name] = tie
+    await insert_rows(
+        tx,
+        customer_ties,
         [
             {
                 "account": customer.account,
                 "livemode": customer.livemode,
                 "customer_id": customer.id,
-                "user_id": tie.user_id,
-                "via": int(tie.via),
+                "user_id": user_id,
+                "via": int(via),
                 "occurred_at": tie.occurred_at,
                 "event_id": tie.event_id,
             }
-            for customer, tie in ties
+            for (customer, user_id, via), tie in strongest.items()
+        ],
+        f"""ON CONFLICT (account, livemode, customer_id, user_id, via) DO UPDATE
+        SET occurred_at = excluded.occurred_at, event_id = excluded.event_id
+        WHERE CASE WHEN customer_ties.via = {int(Via.ADMIN)}
+            THEN excluded.occurred_at > customer_ties.occurred_at
+            ELSE (excluded.occurred_at, excluded.event_id)
+                < (customer_ties.occurred_at, customer_ties.event_id) END""",  # noqa: S608  # a number of ours
+    )
+
+
+def _replaces(tie: Tie, known: Tie) -> bool:
+    """A person's later word holds; of Stripe's the earliest, so that the order of arrival does not matter."""
+    if tie.via is Via.ADMIN:
+        return tie.occurred_at > known.occurred_at
+    return (tie.occurred_at, tie.event_id) < (known.occurred_at, known.event_id)
+
+
+async def save_entitlements(
+    tx: Tx, changes: Sequence[tuple[EntitlementChange, Event]], *, now: datetime
+) -> None:
+    """Writes users' entitlements, and for each change the history row that says which event caused it."""
+    last = {change.after.user_id: change.after for change, _ in changes}
+    await insert_rows(
+        tx,
+        user_entitlements,
+        [
+            {
+                "id": new_id(),
+                "user_id": after.user_id,
+                "plan_code": after.plan_code,
+                "entitlements": dict(after.features),
+                "status": after.status,
+                "activated_at": after.activated_at,
+                "valid_until": after.valid_until,
+                "version": after.version,
+                "created_at": now,
+                "updated_at": now,
+            }
+            for after in last.values()
+        ],
+        """ON CONFLICT (user_id) DO UPDATE SET plan_code = excluded.plan_code,
+        entitlements = excluded.entitlements, status = excluded.status, activated_at = excluded.activated_at,
+        valid_until = excluded.valid_until, version = excluded.version, updated_at = excluded.updated_at""",
+    )
+    await insert_rows(
+        tx,
+        entitlement_history,
+        [
+            {
+                "user_id": change.after.user_id,
+                "version": change.after.version,
+                "change": change.kind.value,
+                "plan_code": change.after.plan_code,
+                "entitlements": dict(change.after.features),
+                "status": change.after.status,
+                "valid_until": change.after.valid_until,
+                "cause_account": event.account,
+                "cause_event_id": event.id,
+                "cause_event_type": event.type,
+                "occurred_at": event.occurred_at,
+                "created_at": now,
+            }
+            for change, event in changes
         ],
     )
 
 
-async def save_entitlement(tx: Tx, change: EntitlementChange, event: Event, *, now: datetime) -> None:
-    """Writes a user's entitlements and the history row that says which event caused them."""
-    after = change.after
-    statement = insert(user_entitlements, tx).values(
-        id=new_id(),
-        user_id=after.user_id,
-        plan_code=after.plan_code,
-        entitlements=dict(after.features),
-        status=after.status,
-        activated_at=after.activated_at,
-        valid_until=after.valid_until,
-        version=after.version,
-        created_at=now,
-        updated_at=now,
+async def add_payments(tx: Tx, payments: Sequence[PaymentEvent]) -> set[str]:
+    """Adds ledger lines, of the same money only the first; the ids of those that were added."""
+    added: set[str] = set()
+    new = await insert_new(
+        tx,
+        payment_events,
+        [{field.name: getattr(payment, field.name) for field in fields(payment)} for payment in payments],
+        key=("account", "livemode", "effect_key"),
     )
-    kept = {"id", "user_id", "created_at"}
-    await tx.execute(
-        statement.on_conflict_do_update(
-            index_elements=["user_id"],
-            set_={
-                column.name: statement.excluded[column.name]
-                for column in user_entitlements.c
-                if column.name not in kept
-            },
-        )
-    )
-    await tx.execute(
-        entitlement_history.insert().values(
-            user_id=after.user_id,
-            version=after.version,
-            change=change.kind.value,
-            plan_code=after.plan_code,
-            entitlements=dict(after.features),
-            status=after.status,
-            valid_until=after.valid_until,
-            cause_account=event.account,
-            cause_event_id=event.id,
-            cause_event_type=event.type,
-            occurred_at=event.occurred_at,
-            created_at=now,
-        )
-    )
-
-
-async def add_payment(tx: Tx, payment: PaymentEvent) -> bool:
-    """Adds a ledger line; False when the same money has its line already."""
-    result = await tx.execute(
-        insert(payment_events, tx)
-        .values(
-            id=payment.id,
-            stripe_event_id=payment.stripe_event_id,
-            user_id=payment.user_id,
-            event_type=payment.event_type,
-            plan_code=payment.plan_code,
-            customer_id=payment.customer_id,
-            invoice_id=payment.invoice_id,
-            subscription_id=payment.subscription_id,
-            amount=payment.amount,
-            currency=payment.currency,
-            settled=payment.settled,
-            metadata=dict(payment.metadata),
-            account=payment.account,
-            livemode=payment.livemode,
-            effect_key=payment.effect_key,
-            subject_key=payment.subject_key,
-            occurred_at=payment.occurred_at,
-            created_at=payment.created_at,
-        )
-        .on_conflict_do_nothing(index_elements=["account", "livemode", "effect_key"])
-        .returning(payment_events.c.id)
-    )
-    return result.first() is not None
+    for payment in payments:
+        key = (payment.account, payment.livemode, payment.effect_key)
+        if key in new:
+            new.discard(key)
+            added.add(payment.id)
+    return added
 
 
 async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEvent]:
@@ -487,7 +283,7 @@ async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEv
             columns.account == account, columns.livemode == livemode, columns.customer_id == customer_id
         )
     else:
-        about = _in(payment_events, "subject_key", attribution.subjects)
+        about = named_in(payment_events, "subject_key", attribution.subjects)
     result = await tx.execute(
         payment_events.update()
         .where(about, columns.user_id.is_(None))
@@ -503,7 +299,9 @@ async def name_plans(tx: Tx, waiting: Waiting) -> None:
         return
     await tx.execute(
         payment_events.update()
-        .where(_in(payment_events, "subject_key", waiting.subjects), payment_events.c.plan_code.is_(None))
+        .where(
+            named_in(payment_events, "subject_key", waiting.subjects), payment_events.c.plan_code.is_(None)
+        )
         .values(plan_code=waiting.plan_code)
     )
 
@@ -515,7 +313,7 @@ async def settle_waiting(tx: Tx, waiting: Waiting) -> list[str]:
     result = await tx.execute(
         webhook_events.update()
         .where(
-            _in(webhook_events, "subject_key", waiting.subjects),
+            named_in(webhook_events, "subject_key", waiting.subjects),
             columns.status == Status.PARKED.value,
             # What could not be read is no wiser now.
             columns.reason.not_like("unreadable:%"),
@@ -551,30 +349,30 @@ async def settle_waiting_customer(tx: Tx, attribution: Attribution, reason: str)
     return sorted(result.scalars())
 
 
-async def save_event(tx: Tx, stored: StoredEvent) -> None:
-    """Writes what came and what became of it; earlier failed attempts of the event are counted on."""
-    values = {
-        **_event_values(stored.event, stored.received_at, stored.payload, stored.payload_sha256),
-        "status": stored.status.value,
-        "reason": stored.reason,
-        "user_id": stored.user_id,
-        "plan_code": stored.plan_code,
-        "customer_id": stored.customer_id,
-        "subject_key": stored.subject_key,
-        "answer": stored.answer,
-        "request_id": stored.request_id,
+async def save_events(tx: Tx, events: Sequence[StoredEvent]) -> None:
+    """Writes what came and what became of it; earlier failed attempts of an event are counted on."""
+    await insert_rows(
+        tx,
+        webhook_events,
+        [
+            {
+                **_event_values(stored.event, stored.received_at, stored.payload, stored.payload_sha256),
+                "status": stored.status.value,
+                "reason": stored.reason,
+                "attempts": 1,
+                "user_id": stored.user_id,
+                "plan_code": stored.plan_code,
+                "customer_id": stored.customer_id,
+                "subject_key": stored.subject_key,
+                "answer": stored.answer,
+                "request_id": stored.request_id,
+                "position": place,
+            }
+            for place, stored in enumerate(events, start=1)
+        ],
+        _EVENT_AGAIN,
         # Under the parties' locks, so it sees every earlier decision about them.
-        "position": sa.select(
-            sa.func.coalesce(sa.func.max(webhook_events.c.position), 0) + 1
-        ).scalar_subquery(),
-    }
-    await tx.execute(
-        insert(webhook_events, tx)
-        .values(**values, attempts=1)
-        .on_conflict_do_update(
-            index_elements=["account", "livemode", "event_id"],
-            set_={**values, "attempts": webhook_events.c.attempts + 1},
-        )
+        computed=(("position", "(SELECT coalesce(max(position), 0) FROM webhook_events) + {}"),),
     )
 
 
@@ -694,7 +492,7 @@ def _is_event(event: Event) -> sa.ColumnElement[bool]:
     )
 
 
-def _in(
+def named_in(
     table: sa.Table, column: str, names: Collection[SubjectId] | Collection[CustomerId]
 ) -> sa.ColumnElement[bool]:
     """Rows whose (account, livemode, column) is one of the names, as one indexable condition per scope."""
@@ -707,46 +505,4 @@ def _in(
             sa.and_(table.c.account == account, table.c.livemode == livemode, table.c[column].in_(values))
             for (account, livemode), values in scopes.items()
         ),
-    )
-
-
-def _concerning(
-    subjects: Collection[SubjectId], customers: Collection[CustomerId], users: Collection[str]
-) -> sa.ColumnElement[bool]:
-    """The sources that are one of the subjects, or belong to one of the customers or users."""
-    conditions = [_in(sources, "source_key", subjects), _in(sources, "customer_id", customers)]
-    if users:
-        conditions.append(sources.c.user_id.in_(sorted(users)))
-    return sa.or_(*conditions)
-
-
-def _literal_selects(subjects: Collection[SubjectId]) -> list[sa.Select[str, bool, str]]:
-    return [
-        sa.select(
-            sa.literal(account).label("account"),
-            sa.literal(livemode).label("livemode"),
-            sa.literal(key).label("key"),
-        )
-        for account, livemode, key in sorted(subjects)
-    ]
-
-
-def _literal_seeds(subjects: Collection[SubjectId]) -> sa.CompoundSelect[Any]:
-    return sa.union(*_literal_selects(subjects))
-
-
-def _closure(seeds: sa.CompoundSelect[Any], *, upwards: bool) -> sa.CTE:
-    """The seeds and all subjects above them (what they bear on) or below them (what bears on them)."""
-    start = seeds.subquery("seeds")
-    reached = sa.select(start.c.account, start.c.livemode, start.c.key).cte("reached", recursive=True)
-    known, next_key = (links.c.child, links.c.parent) if upwards else (links.c.parent, links.c.child)
-    return reached.union(
-        sa.select(links.c.account, links.c.livemode, next_key).join(
-            reached,
-            sa.and_(
-                links.c.account == reached.c.account,
-                links.c.livemode == reached.c.livemode,
-                known == reached.c.key,
-            ),
-        )
     )

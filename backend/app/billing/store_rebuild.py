@@ -1,22 +1,17 @@
-"""What a rebuild reads and writes: the derived tables as plain rows, and which of them hang together.
-
-Rows that hang together are a *party*: events, the subjects, customers and users they name, and the ledger
-lines they make. Whoever is in a party can be decided about without looking at anybody outside of it.
-"""
+"""The SQL of a rebuild: the derived tables as plain rows, read and written a few parties (party_index.py) at a time."""
 
 from __future__ import annotations
 
 import itertools
-import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
+from backend.app.audit.models import audit_logs
 from backend.app.billing.domain.facts import CustomerId, SubjectId, Via
 from backend.app.billing.models import (
     customer_ties,
@@ -29,7 +24,9 @@ from backend.app.billing.models import (
     webhook_claims,
     webhook_events,
 )
-from backend.app.billing.store import FAILED, Parties
+from backend.app.billing.party_index import Node, NodeKind, user_node
+from backend.app.billing.store import FAILED
+from backend.app.billing.store_state import Parties
 from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
@@ -39,11 +36,9 @@ PAGE_EVENTS = 200
 PAGE_KEYS = 2_000
 # Names in one IN (...): PostgreSQL's driver and SQLite both allow 32,767 parameters a statement.
 NAMES_MAX = 5_000
-# A batch holds whole parties of about this many nodes; a larger party is a batch of its own.
-BATCH_NODES = 1_000
-# Positions grow by one, so what commits later than its neighbours is at most as many positions behind as
-# there are transactions at once: ten connections in each of 64 workers, and some room.
-POSITIONS_IN_FLIGHT_MAX = 1_000
+# A transaction takes its places a few milliseconds before it commits; what others commit meanwhile, at some
+# thousand events a second, is by far less than this.
+POSITIONS_IN_FLIGHT_MAX = 5_000
 
 # Facts and claims that people made; they are taken as they are.
 MANUAL_KINDS = ("grant", "claim")
@@ -131,30 +126,6 @@ ENTITLEMENTS = DerivedTable(
 REPLAYED = (EVENTS, CLAIMS, FACTS, LINKS, TIES, SOURCES, PAYMENTS)
 
 
-class NodeKind(StrEnum):
-    """What a node of the index names."""
-
-    EVENT = "event"
-    SUBJECT = "subject"
-    CUSTOMER = "customer"
-    USER = "user"
-    MONEY = "money"
-
-
-class Node(NamedTuple):
-    """One name in the index; users have neither account nor livemode of their own."""
-
-    kind: NodeKind
-    account: str
-    livemode: bool
-    name: str
-
-
-def user_node(user_id: str) -> Node:
-    """A user's node."""
-    return Node(NodeKind.USER, "", False, user_id)
-
-
 # Which node a stored row belongs to, and by which column its rows are found.
 NODE_OF_TABLE: Mapping[str, tuple[NodeKind, str]] = {
     EVENTS.table.name: (NodeKind.EVENT, "event_id"),
@@ -176,84 +147,6 @@ def node_of(derived: DerivedTable, row: Mapping[str, Any]) -> Node:
     return Node(kind, row["account"], row["livemode"], row[column])
 
 
-class PartyIndex:
-    """Which nodes hang together, in a scratch file: memory stays the same however many there are."""
-
-    def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, isolation_level=None)
-        # It is thrown away after the run, so nothing of it needs to outlive a crash.
-        self._connection.execute("PRAGMA journal_mode = OFF")
-        self._connection.execute("PRAGMA synchronous = OFF")
-        self._connection.execute(
-            "CREATE TABLE node (kind TEXT, account TEXT, livemode INTEGER, name TEXT, party INTEGER NOT NULL, "
-            "PRIMARY KEY (kind, account, livemode, name)) WITHOUT ROWID"
-        )
-        self._connection.execute("CREATE INDEX node_party ON node (party)")
-        self._newest = 0
-
-    def close(self) -> None:
-        """Lets go of the file."""
-        self._connection.close()
-
-    def knows(self, node: Node) -> bool:
-        """Whether a node is in the index."""
-        return self._party_of(node) is not None
-
-    def join(self, nodes: Iterable[Node]) -> None:
-        """Makes one party of these nodes and all that hangs together with them.
-
-        Of several parties the newest remains, so that whoever goes through them in order meets it still.
-        """
-        named = sorted(set(nodes))
-        known = {node: self._party_of(node) for node in named}
-        parties = sorted({party for party in known.values() if party is not None})
-        if not parties:
-            self._newest += 1
-        party = parties[-1] if parties else self._newest
-        for older in parties[:-1]:
-            self._connection.execute("UPDATE node SET party = ? WHERE party = ?", (party, older))
-        self._connection.executemany(
-            "INSERT INTO node VALUES (?, ?, ?, ?, ?)",
-            [(*node, party) for node in named if known[node] is None],
-        )
-
-    def batch_after(self, party: int) -> list[int]:
-        """The next parties in order, as many as make a batch."""
-        batch: list[int] = []
-        nodes = 0
-        for found, size in self._connection.execute(
-            "SELECT party, count(*) FROM node WHERE party > ? GROUP BY party ORDER BY party LIMIT ?",
-            (party, BATCH_NODES),
-        ):
-            if batch and nodes + size > BATCH_NODES:
-                break
-            batch.append(found)
-            nodes += size
-        return batch
-
-    def nodes_of(self, party: int) -> list[Node]:
-        """The nodes of a party, in order."""
-        return [
-            Node(NodeKind(kind), account, bool(livemode), name)
-            for kind, account, livemode, name in self._connection.execute(
-                "SELECT kind, account, livemode, name FROM node WHERE party = ? ORDER BY 1, 2, 3, 4", (party,)
-            )
-        ]
-
-    def count_events(self) -> int:
-        """How many events are in the index."""
-        (found,) = self._connection.execute(
-            "SELECT count(*) FROM node WHERE kind = ?", (NodeKind.EVENT,)
-        ).fetchone()
-        return int(found)
-
-    def _party_of(self, node: Node) -> int | None:
-        row = self._connection.execute(
-            "SELECT party FROM node WHERE kind = ? AND account = ? AND livemode = ? AND name = ?", node
-        ).fetchone()
-        return row[0] if row else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEvent:
     """What a replay needs of a stored event; `position` is its place in the order of decisions."""
@@ -265,6 +158,11 @@ class StoredEvent:
     received_at: datetime
     position: int | None
     payload: bytes
+
+    @property
+    def node(self) -> Node:
+        """Its node in the index."""
+        return Node(NodeKind.EVENT, self.account, self.livemode, self.event_id)
 
     @property
     def place(self) -> tuple[int, datetime, str]:
@@ -288,21 +186,43 @@ async def load_events_after(tx: Tx, after: Key | None, *, limit: int = PAGE_EVEN
     return [StoredEvent(**row) for row in (await tx.execute(statement)).mappings()]
 
 
+async def database_identity(tx: Tx) -> str:
+    """What tells this database from any other, a copy of it included; on SQLite the file, not its path."""
+    if tx.dialect.name == "postgresql":
+        found = await tx.execute(
+            sa.text(
+                "SELECT system_identifier, oid FROM pg_control_system(), pg_database "
+                "WHERE datname = current_database()"
+            )
+        )
+        return "/".join(str(part) for part in found.one())
+    file = await tx.execute(sa.text("SELECT file FROM pragma_database_list WHERE name = 'main'"))
+    return _file_identity(Path(file.scalar_one()))
+
+
+def _file_identity(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_dev}/{stat.st_ino}"
+
+
 async def newest_position(tx: Tx) -> int:
     """The position of the newest decision, 0 where there is none."""
     result = await tx.execute(sa.select(sa.func.max(webhook_events.c.position)))
     return result.scalar_one() or 0
 
 
-async def event_nodes_since(tx: Tx, position: int) -> list[Node]:
-    """The events that were decided since a position, and those that may have been on their way then."""
-    columns = webhook_events.c
-    result = await tx.execute(
-        sa.select(columns.account, columns.livemode, columns.event_id).where(
-            columns.position > position - POSITIONS_IN_FLIGHT_MAX
-        )
+async def load_positions_after(tx: Tx, position: int, after: Key | None) -> list[Row]:
+    """The next page of what was decided since a position, or may have been on its way then: positions and keys."""
+    columns = [webhook_events.c[name] for name in ("position", *EVENTS.key)]
+    statement = (
+        sa.select(*columns)
+        .where(webhook_events.c.position > position - POSITIONS_IN_FLIGHT_MAX)
+        .order_by(*columns)
+        .limit(PAGE_KEYS)
     )
-    return [Node(NodeKind.EVENT, row.account, row.livemode, row.event_id) for row in result]
+    if after is not None:
+        statement = statement.where(sa.tuple_(*columns) > sa.tuple_(*(sa.literal(part) for part in after)))
+    return [dict(row) for row in (await tx.execute(statement)).mappings()]
 
 
 async def load_events(tx: Tx, nodes: Collection[Node]) -> list[StoredEvent]:
@@ -386,6 +306,27 @@ async def load_manual_facts(tx: Tx, nodes: Collection[Node]) -> list[Row]:
     return found
 
 
+async def load_own_ties_after(tx: Tx, after: Key | None) -> list[Row]:
+    """The next page of ties that our own side made."""
+    columns = [customer_ties.c[name] for name in TIES.key]
+    statement = (
+        sa.select(customer_ties).where(customer_ties.c.via.in_(OWN_TIES)).order_by(*columns).limit(PAGE_KEYS)
+    )
+    if after is not None:
+        statement = statement.where(sa.tuple_(*columns) > sa.tuple_(*(sa.literal(part) for part in after)))
+    return [dict(row) for row in (await tx.execute(statement)).mappings()]
+
+
+async def load_owned(tx: Tx, users: Collection[str]) -> list[tuple[Node, Node]]:
+    """The sources of some users, grants included, each with its user."""
+    found: list[tuple[Node, Node]] = []
+    for names in _chunks(sorted(users)):
+        for row in await tx.execute(sa.select(sources).where(sources.c.user_id.in_(names))):
+            subject = Node(NodeKind.SUBJECT, row.account, row.livemode, row.source_key)
+            found.append((subject, user_node(row.user_id)))
+    return found
+
+
 async def load_own_ties(tx: Tx, nodes: Collection[Node]) -> list[Row]:
     """The ties of some customers that our own side made."""
     found: list[Row] = []
@@ -414,14 +355,24 @@ async def load_history(tx: Tx, users: Collection[str]) -> dict[str, list[Row]]:
 
 async def load_users_after(tx: Tx, after: str | None, *, limit: int) -> list[str]:
     """The next users who own a source or have a row, in order."""
+    # Each table by itself, so that a page costs a walk along an index and not a look at everybody.
+    # Null, a source of nobody, is greater than no text.
+    pages = (
+        sa.select(column).where(column > (after or "")).distinct().order_by(column).limit(limit).subquery()
+        for column in (sources.c.user_id, user_entitlements.c.user_id)
+    )
+    users = sa.union(*(sa.select(page.c.user_id) for page in pages)).subquery()
+    statement = sa.select(users.c.user_id).order_by(users.c.user_id).limit(limit)
+    return list((await tx.execute(statement)).scalars())
+
+
+async def count_users(tx: Tx) -> int:
+    """How many users own a source or have a row."""
     users = sa.union(
         sa.select(sources.c.user_id).where(sources.c.user_id.is_not(None)),
         sa.select(user_entitlements.c.user_id),
     ).subquery()
-    statement = sa.select(users.c.user_id).order_by(users.c.user_id).limit(limit)
-    if after is not None:
-        statement = statement.where(users.c.user_id > after)
-    return list((await tx.execute(statement)).scalars())
+    return (await tx.execute(sa.select(sa.func.count()).select_from(users))).scalar_one()
 
 
 async def write_rows(
@@ -469,6 +420,12 @@ async def write_rows(
 
 def _bound(derived: DerivedTable, key: Key) -> Row:
     return {f"key_{name}": part for name, part in zip(derived.key, key, strict=True)}
+
+
+async def is_audited(tx: Tx, audit_id: str) -> bool:
+    """Whether an audit row is there, and so whether the transaction that wrote it has committed."""
+    found = await tx.execute(sa.select(audit_logs.c.id).where(audit_logs.c.id == audit_id))
+    return found.first() is not None
 
 
 async def set_created_at(tx: Tx, user_id: str, created_at: datetime) -> None:

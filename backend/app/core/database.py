@@ -219,7 +219,9 @@ async def _store_errors() -> AsyncIterator[None]:
         raise StoreUnavailable from error
     except sa.exc.DBAPIError as error:
         if _is_outage(error):
-            raise StoreUnavailable from error
+            unavailable = StoreUnavailable()
+            unavailable.is_contention = getattr(error.orig, "sqlstate", None) in _CONTENTION_SQLSTATES
+            raise unavailable from error
         raise
     except (OSError, TimeoutError) as error:
         # asyncpg raises these bare while it connects.
@@ -230,6 +232,8 @@ async def _store_errors() -> AsyncIterator[None]:
 # too many connections), operator intervention (shutdown, cancelled statement), system error, rollback
 # (deadlock, serialisation) and object not available (lock_timeout).
 _OUTAGE_SQLSTATE_CLASSES = ("08", "53", "57", "58", "40", "55")
+# Serialisation failure, deadlock, lock_timeout, and a statement ended because it took too long.
+_CONTENTION_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014"})
 
 
 def _is_outage(error: sa.exc.DBAPIError) -> bool:

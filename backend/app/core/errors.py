@@ -152,6 +152,9 @@ class StoreUnavailable(Unavailable):
 
     slug, title = "store-unavailable", "Store unavailable"
 
+    # Whether it is a lock that somebody else holds, rather than an outage.
+    is_contention = False
+
 
 def problem(error: AppError, *, instance: str, request_id: str) -> dict[str, Any]:
     """The RFC 9457 document of an error: type, title, status, detail, instance, our request_id, and its own members."""

@@ -19,7 +19,8 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 
-from backend.app.core.database import Database, Tx, UtcDateTime, database_now, insert, metadata
+from backend.app.core.bulk import insert_rows
+from backend.app.core.database import Database, Tx, UtcDateTime, database_now, metadata
 from backend.app.core.errors import StoreUnavailable
 from backend.app.core.ids import new_id
 from backend.app.observability.logs import clean
@@ -54,7 +55,7 @@ outbox = sa.Table(
     sa.Column("payload", sa.JSON(), nullable=False),
     sa.Column("created_at", UtcDateTime(), nullable=False),
     sa.Column("attempts", sa.Integer(), nullable=False),
-    # NULL: at once. Otherwise by the database's clock: the end of a lease or of a wait after a failure.
+    # NULL: at once. Otherwise by the database's clock: the end of a delay, a lease or a wait after a failure.
     sa.Column("next_attempt_at", UtcDateTime(), nullable=True),
     # Which claim holds the message; a relay that lost its lease must not undo the work of the next one.
     sa.Column("lease_token", sa.String(36), nullable=True),
@@ -70,11 +71,15 @@ sa.Index("ix_outbox_open", outbox.c.id, postgresql_where=_open, sqlite_where=_op
 
 @dataclass(frozen=True, kw_only=True)
 class NewMessage:
-    """A consequence to stage: its kind, a JSON payload and, where it may arise twice, a dedupe key."""
+    """A consequence to stage: its kind, a JSON payload and, where it may arise twice, a dedupe key.
+
+    It is delivered at the earliest `delay_seconds` after it was staged.
+    """
 
     kind: str
     payload: Mapping[str, Any]
     dedupe_key: str | None = None
+    delay_seconds: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +117,13 @@ async def stage_many(tx: Tx, messages: Sequence[NewMessage], *, now: datetime) -
             "payload": dict(message.payload),
             "created_at": now,
             "attempts": 0,
+            "next_attempt_at": now + timedelta(seconds=message.delay_seconds)
+            if message.delay_seconds
+            else None,
         }
         for message in ordered
     ]
-    await tx.execute(insert(outbox, tx).on_conflict_do_nothing(index_elements=["dedupe_key"]), rows)
+    await insert_rows(tx, outbox, rows, "ON CONFLICT (dedupe_key) DO NOTHING")
 
 
 class Relay:

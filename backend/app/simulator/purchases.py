@@ -10,7 +10,7 @@ from backend.app.simulator.invoices import issue
 from backend.app.simulator.money import Account, Payment
 from backend.app.simulator.objects import DAY_SECONDS, Json
 from backend.app.simulator.stage import Stage
-from backend.app.simulator.truth import Line, PurchaseState
+from backend.app.simulator.truth import Cause, Line, PurchaseState
 
 UNIT_AMOUNT = 9900
 SEATS_MAX = 5
@@ -28,6 +28,7 @@ class Purchase:
         self.customer_id = None if is_guest else stage.customer_id
         self.is_guest = is_guest
         self.paid_at: int | None = None
+        self.unpaid: Cause | None = None
         self.payments: list[Payment] = []
         self._is_itemized = kind == "checkout" and stage.chance(0.4)
         if self._is_itemized:
@@ -52,6 +53,7 @@ class Purchase:
                 claims=self.account.claims(self.stage),
                 amount=self.amount,
                 paid_at=self.paid_at,
+                unpaid=self.unpaid,
             )
             self.stage.note(self.key, state, cause)
 
@@ -74,15 +76,18 @@ class Purchase:
             self._paid("a checkout was paid")
         elif way == "expired":
             self._session("expired", "unpaid", None)
+            self._unpaid(Cause.EXPIRED, "a checkout expired")
         else:
             payment = self._payment(None)
             self._session("completed", "unpaid", payment)
+            self._unpaid(Cause.AWAITING_PAYMENT, "a checkout waits for a slow payment")
             answered_at = stage.now + stage.rng.randint(0, ASYNC_DAYS_MAX * DAY_SECONDS)
             stage.later(answered_at, lambda: self._answered(payment, is_paid=way == "async"))
 
     def _answered(self, payment: Payment, *, is_paid: bool) -> None:
         if not is_paid:
             self._session("async_payment_failed", "unpaid", payment)
+            self._unpaid(Cause.PAYMENT_FAILED, "a slow payment failed")
             return
         payment.succeed()
         self._session("async_payment_succeeded", "paid", payment)
@@ -90,7 +95,11 @@ class Purchase:
         self._paid("a slow payment arrived")
 
     def _paid(self, cause: str) -> None:
-        self.paid_at = self.stage.now
+        self.paid_at, self.unpaid = self.stage.now, None
+        self._note(cause)
+
+    def _unpaid(self, why: Cause, cause: str) -> None:
+        self.unpaid = why
         self._note(cause)
 
     def _session(self, verb: str, payment_status: str, payment: Payment | None) -> None:

@@ -137,7 +137,7 @@ def upgrade() -> None:
         sa.Column("parent", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("account", "livemode", "child", "parent", name="pk_links"),
     )
-    op.create_index("ix_links_parent", "links", ["account", "livemode", "parent"], unique=False)
+    op.create_index("ix_links_parent", "links", ["account", "livemode", "parent", "child"], unique=False)
     op.create_table(
         "outbox",
         sa.Column("id", sa.String(length=36), nullable=False),
@@ -201,6 +201,14 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
+    )
+    op.create_index(
+        "ix_payment_events_unnamed_subject",
+        "payment_events",
+        ["account", "livemode", "subject_key"],
+        unique=False,
+        postgresql_where=sa.text("plan_code IS NULL"),
+        sqlite_where=sa.text("plan_code IS NULL"),
     )
     op.create_index("ix_payment_events_user_id", "payment_events", ["user_id", "created_at"], unique=False)
     op.create_table(
@@ -271,6 +279,22 @@ def upgrade() -> None:
     )
     op.create_index("ix_webhook_events_position", "webhook_events", ["position"], unique=False)
     op.create_index("ix_webhook_events_received_at", "webhook_events", ["received_at"], unique=False)
+    op.create_index(
+        "ix_webhook_events_customer_id",
+        "webhook_events",
+        ["account", "livemode", "customer_id"],
+        unique=False,
+        postgresql_where=sa.text("customer_id IS NOT NULL"),
+        sqlite_where=sa.text("customer_id IS NOT NULL"),
+    )
+    op.create_index(
+        "ix_webhook_events_subject_without_customer",
+        "webhook_events",
+        ["account", "livemode", "subject_key"],
+        unique=False,
+        postgresql_where=sa.text("customer_id IS NULL"),
+        sqlite_where=sa.text("customer_id IS NULL"),
+    )
     op.create_index("ix_webhook_events_user_id", "webhook_events", ["user_id", "received_at"], unique=False)
     op.create_index(
         "ix_webhook_events_waiting_customer",

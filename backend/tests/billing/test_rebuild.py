@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from backend.app.billing import store_rebuild as rows
 from backend.app.billing.masking import mask_sensitive
 from backend.app.billing.models import webhook_events
-from backend.app.billing.rebuild import Rebuild, Report
+from backend.app.billing.rebuild import Rebuild, Report, _Run
 from backend.app.billing.store_rebuild import DerivedTable
 from backend.app.core.database import Database
 from backend.app.simulator import objects
@@ -197,19 +197,20 @@ async def test_everything_derived_can_be_lost_and_made_again(service: Harness) -
     assert (await check(service)).differences == []
 
 
-async def test_events_that_come_during_a_check_are_no_difference(service: Harness) -> None:
+async def test_events_that_come_during_a_check_are_no_difference(
+    service: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first page is read, then more is delivered, then the comparison goes on."""
     await shaken(service, users=2, seed=2)
-    rebuilt = rebuild_of(service)
-    original = rebuilt._read_rows
+    original = _Run.read_rows
 
-    async def read_rows_late(index: Any) -> None:
+    async def read_rows_late(run: _Run) -> None:
         for event in life(9, now=unix_now()):
             await service.deliver(event)
-        await original(index)
+        await original(run)
 
-    rebuilt._read_rows = read_rows_late  # type: ignore[method-assign]
-    report = await rebuilt.check()
+    monkeypatch.setattr(_Run, "read_rows", read_rows_late)
+    report = await check(service)
     assert (report.differences, report.events) == ([], await service.count("webhook_events"))
 
 

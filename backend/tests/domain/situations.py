@@ -41,7 +41,10 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """A row of the table; `otherwise` tells the outcome where the policy is answered differently."""
+    """A row of the table; `otherwise` tells the outcome where the policy is answered differently.
+
+    `per_unit` are features that the story's catalog declares so.
+    """
 
     table: str
     situation: str
@@ -51,6 +54,7 @@ class Situation:
     asked_at: int = 2 * DAY
     policy: str | None = None
     otherwise: Mapping[str | int, Outcome] = field(default_factory=dict)
+    per_unit: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +204,26 @@ PREMIUM = Outcome(plan="premium", status="active", until=MONTH + SLACK)
 VIP_FOR_EVER = Outcome(plan="vip", status="active", settled=("cs:cs_1",))
 NOTHING = Outcome()
 LINE = {"price": objects.price("vip"), "quantity": 1, "id": "li_1"}
+THREE_SEATS = {**LINE, "quantity": 3, "amount_total": 3000}
+UNITS_REFUNDED = changed(VIP_FOR_EVER, settled=("cs:cs_1", "re:re_1:refund:succeeded"))
 STATUS, EVENTS, CROSS = "Status of a subscription", "Events", "Across sources and events"
 PAUSE_OUTCOME = "Access is kept, as Stripe says; never read as `paused`."
 DISPUTED = changed(VIP_FOR_EVER, plan="free", status="disputed", notices=("needs_response",))
+
+
+# What an account loses, the account then, what of it was otherwise before, and what the owner hears.
+RESTRICTIONS: tuple[tuple[str, dict[str, Any], dict[str, Any], str], ...] = (
+    *(
+        (f"`{name}` turns false", {name: False}, {name: True}, f"acct_1: {name} turned off")
+        for name in ("charges_enabled", "payouts_enabled", "details_submitted")
+    ),
+    (
+        "`requirements.disabled_reason` appears",
+        {"requirements": {"disabled_reason": "rejected.fraud"}},
+        {"requirements": {"disabled_reason": None}},
+        "acct_1: restricted, because of rejected.fraud",
+    ),
+)
 
 
 def pausing(behavior: str) -> Situation:
@@ -511,7 +532,7 @@ EVENT_ROWS = (
     Situation(
         table=EVENTS,
         situation="a trial will end",
-        outcome="Nothing changes.",
+        outcome="Nothing changes; the owner hears of it, once a day for all trials.",
         story=(
             sub("evt_1", 0, status="trialing", trial_end=T0 + 5 * DAY),
             sub(
@@ -521,8 +542,17 @@ EVENT_ROWS = (
                 status="trialing",
                 trial_end=T0 + 5 * DAY,
             ),
+            sub(
+                "evt_3",
+                DAY + 1,
+                "customer.subscription.trial_will_end",
+                status="trialing",
+                trial_end=T0 + 5 * DAY,
+            ),
         ),
-        then=Outcome(plan="premium", status="trialing", until=5 * DAY),
+        then=Outcome(
+            plan="premium", status="trialing", until=5 * DAY, notices=("The trial of subscription sub_1",)
+        ),
     ),
     Situation(
         table=EVENTS,
@@ -554,7 +584,6 @@ EVENT_ROWS = (
             then=changed(PREMIUM, notices=(notice,) if notice else ()),
         )
         for kind, notice in (
-            ("payment_failed", None),
             ("payment_action_required", "must confirm"),
             ("payment_attempt_required", "attempted by hand"),
             ("overdue", "overdue"),
@@ -572,10 +601,27 @@ EVENT_ROWS = (
     ),
     Situation(
         table=EVENTS,
+        situation="`invoice.payment_failed`",
+        outcome="Not a reason to revoke by itself; the owner hears of it, once a day for all invoices.",
+        story=(
+            sub("evt_1", 0),
+            bill("evt_2", "payment_failed", after=DAY),
+            bill("evt_3", "payment_failed", after=DAY + HOUR, invoice_id="in_2"),
+        ),
+        then=changed(PREMIUM, notices=("in_1: the payment failed",)),
+    ),
+    Situation(
+        table=EVENTS,
         situation="`invoice.upcoming`",
-        outcome="Ignored: it announces, and has no id.",
-        story=(sub("evt_1", 0), happens("evt_2", "invoice.upcoming", {"object": "invoice"})),
-        then=changed(PREMIUM, answer="ignored"),
+        outcome="Nothing changes; the owner hears of it, once a day for all invoices.",
+        story=(
+            sub("evt_1", 0),
+            *(
+                happens(event_id, "invoice.upcoming", {"object": "invoice", "customer": "cus_1"}, after=after)
+                for event_id, after in (("evt_2", DAY), ("evt_3", DAY + HOUR), ("evt_4", 3 * DAY))
+            ),
+        ),
+        then=changed(PREMIUM, notices=("customer cus_1 is coming up (event evt_2)", "(event evt_4)")),
     ),
     Situation(
         table=EVENTS,
@@ -638,6 +684,54 @@ EVENT_ROWS = (
         then=changed(VIP_FOR_EVER, settled=("cs:cs_1", "re:re_1:refund:succeeded")),
         policy="refund_revoke_percent",
         otherwise={50: Outcome(status="refunded", settled=("cs:cs_1", "re:re_1:refund:succeeded"))},
+    ),
+    Situation(
+        table=EVENTS,
+        situation="some units of a one-time purchase are refunded",
+        outcome="All of them are kept, and the purchase is flagged.",
+        story=(
+            buys("evt_1", plan=None, lines=[THREE_SEATS], amount_total=3000),
+            gives_back("evt_2", amount=1000),
+        ),
+        then=changed(UNITS_REFUNDED, features={"max_devices": 30}),
+        per_unit=("max_devices",),
+        policy="refund_partial",
+        otherwise={"reduce_quantity": changed(UNITS_REFUNDED, features={"max_devices": 20})},
+    ),
+    Situation(
+        table=EVENTS,
+        situation="all units of a one-time purchase are refunded, its shipping is not",
+        outcome="All of them are kept, and the purchase is flagged.",
+        story=(
+            buys("evt_1", plan=None, lines=[THREE_SEATS], amount_total=3500),
+            gives_back("evt_2", amount=3000),
+        ),
+        then=changed(UNITS_REFUNDED, features={"max_devices": 30}),
+        per_unit=("max_devices",),
+        policy="refund_partial",
+        otherwise={
+            "reduce_quantity": changed(
+                UNITS_REFUNDED, plan="free", status="refunded", features={"max_devices": 1}
+            )
+        },
+    ),
+    Situation(
+        table=EVENTS,
+        situation="a part of a purchase of several lines is refunded",
+        outcome="Kept and flagged under either answer: a refund does not say which line it is for.",
+        story=(
+            buys(
+                "evt_1",
+                plan=None,
+                lines=[THREE_SEATS, {**LINE, "price": objects.price("premium"), "id": "li_2"}],
+                amount_total=4000,
+            ),
+            gives_back("evt_2", amount=1000),
+        ),
+        then=changed(UNITS_REFUNDED, features={"max_devices": 30}),
+        per_unit=("max_devices",),
+        policy="refund_partial",
+        otherwise={"reduce_quantity": changed(UNITS_REFUNDED, features={"max_devices": 30})},
     ),
     Situation(
         table=EVENTS,
@@ -961,9 +1055,97 @@ EVENT_ROWS = (
             "tax_rate.updated",
             "payout.paid",
             "transfer.created",
-            "account.updated",
             "price.created",
         )
+    ),
+    Situation(
+        table=EVENTS,
+        situation="`account.updated`",
+        outcome="Ignored, unless the account may no longer do something.",
+        story=(
+            sub("evt_1", 0),
+            happens(
+                "evt_2",
+                "account.updated",
+                {"id": "acct_1", "charges_enabled": True, "requirements": {"disabled_reason": None}},
+                previous_attributes={"email": "owner@example.com"},
+            ),
+        ),
+        then=changed(PREMIUM, answer="ignored"),
+    ),
+    *(
+        Situation(
+            table=EVENTS,
+            situation=f"`account.updated`: {what}",
+            outcome="Access is untouched; the owner hears of it.",
+            story=(
+                event("evt_1", UPDATED, subscription(metadata=USER), account="acct_1"),
+                happens(
+                    "evt_2",
+                    "account.updated",
+                    {"id": "acct_1", **now},
+                    account="acct_1",
+                    previous_attributes=before,
+                ),
+            ),
+            then=changed(PREMIUM, notices=(notice,)),
+        )
+        for what, now, before, notice in RESTRICTIONS
+    ),
+    *(
+        Situation(
+            table=EVENTS,
+            situation=f"`test_helpers.test_clock.{verb}`",
+            outcome="Test mode: its customers' users are in the clock's time, once it is ahead of ours.",
+            story=(
+                sub("evt_1", 0, extra={"test_clock": "clock_1"}),
+                happens(
+                    "evt_2",
+                    f"test_helpers.test_clock.{verb}",
+                    {"id": "clock_1", "frozen_time": T0 + MONTH + SLACK},
+                    after=1,
+                ),
+            ),
+            then=Outcome(status="expired"),
+        )
+        for verb in ("created", "advancing", "ready", "deleted", "internal_failure")
+    ),
+    Situation(
+        table=EVENTS,
+        situation="a test clock that only the customer names",
+        outcome="The same: all that is the customer's is in the clock's time.",
+        story=(
+            happens(
+                "evt_1",
+                "customer.created",
+                {**objects.customer("cus_1"), "metadata": USER, "test_clock": "clock_1"},
+                after=0,
+            ),
+            sub("evt_2", 0, metadata={}),
+            happens(
+                "evt_3",
+                "test_helpers.test_clock.ready",
+                {"id": "clock_1", "frozen_time": T0 + MONTH + SLACK},
+                after=1,
+            ),
+        ),
+        then=Outcome(status="expired"),
+    ),
+    Situation(
+        table=EVENTS,
+        situation="a test clock in live mode",
+        outcome="Ignored.",
+        story=(
+            event("evt_1", UPDATED, {**subscription(metadata=USER), "test_clock": "clock_1"}, livemode=True),
+            happens(
+                "evt_2",
+                "test_helpers.test_clock.ready",
+                {"id": "clock_1", "frozen_time": T0 + 2 * MONTH},
+                after=1,
+                livemode=True,
+            ),
+        ),
+        then=changed(PREMIUM, answer="ignored"),
     ),
     Situation(
         table=EVENTS,
@@ -1198,25 +1380,14 @@ ELSEWHERE = (
     Elsewhere(
         table=EVENTS,
         situation="a deleted customer's personal data",
-        outcome="Not handled yet: what is stored is not pseudonymised.",
-        shown_by=None,
-    ),
-    Elsewhere(
-        table=EVENTS,
-        situation="the customer's quantity is reduced by a partial refund",
-        outcome="Not handled yet: kept and flagged.",
-        shown_by=None,
+        outcome="Replaced by a fixed word in every stored event; ids, amounts and metadata stay.",
+        shown_by="backend/tests/billing/test_pseudonymise.py::"
+        "test_a_deleted_customers_personal_data_leaves_every_stored_event",
     ),
     Elsewhere(
         table=EVENTS,
         situation="`entitlements.active_entitlement_summary.updated`",
-        outcome="Ignored: the catalog says what a plan unlocks, not Stripe's entitlements.",
-        shown_by=None,
-    ),
-    Elsewhere(
-        table=EVENTS,
-        situation="`test_helpers.test_clock.*`",
-        outcome="Ignored: time is our own clock's, in test mode too.",
+        outcome="Ignored: an optional source, and here the catalog says what a plan unlocks.",
         shown_by=None,
     ),
     Elsewhere(

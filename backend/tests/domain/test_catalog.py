@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from backend.app.billing.domain.catalog import Catalog, CatalogError, parse_catalog
 from backend.app.billing.domain.facts import PriceRef
 from backend.app.billing.domain.merge import entitlement_of
+from backend.app.main import SHIPPED_CATALOG
 from backend.tests.domain.events import at, shipped_catalog
 
 SMALL = """
@@ -37,6 +41,7 @@ pause_collection_void = "keep"
 pause_collection_keep_as_draft = "keep"
 pause_collection_mark_uncollectible = "keep"
 refund_revoke_percent = 100
+refund_partial = "keep"
 refund_subscription = "keep"
 dispute_open = "revoke"
 dispute_lost = "revoke"
@@ -212,6 +217,10 @@ def test_the_policy_is_read_with_its_units() -> None:
             "line 28, policy.refund_revoke_percent: a percentage from 1 to 100 is expected",
         ),
         (
+            changed('refund_partial = "keep"', 'refund_partial = "revoke"'),
+            'line 29, policy.refund_partial: "keep" or "reduce_quantity" is expected',
+        ),
+        (
             changed("version = 1", "version = 2"),
             "line 21, policy.version: this release understands version 1 only",
         ),
@@ -225,3 +234,10 @@ def test_a_catalog_error_names_the_key_and_what_is_expected_there(text: str, mes
     with pytest.raises(CatalogError) as caught:
         parse_catalog(text)
     assert str(caught.value) == message
+
+
+def test_the_documentation_names_every_policy_with_its_shipped_answer() -> None:
+    policy = tomllib.loads(SHIPPED_CATALOG.read_text(encoding="utf-8"))["policy"]
+    document = (Path(__file__).parents[3] / "docs" / "policy.md").read_text(encoding="utf-8")
+    for key, answer in policy.items():
+        assert f"| `{key}` | `{answer}` |" in document

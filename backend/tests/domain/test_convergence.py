@@ -262,6 +262,17 @@ def note(event_id: str, event_type: str, after: int, **content: Any) -> StripeEv
     return event(event_id, event_type, content, after=after)
 
 
+def hangs_on_clock(event_id: str, after: int) -> StripeEvent:
+    content = {**objects.customer("cus_1"), "test_clock": "clock_1"}
+    return event(event_id, "customer.created", content, after=after)
+
+
+def clock(event_id: str, frozen: int, verb: str = "ready") -> StripeEvent:
+    """A test clock that was moved to so many seconds after T0 within a minute of ours."""
+    content = {"id": "clock_1", "frozen_time": T0 + frozen}
+    return event(event_id, f"test_helpers.test_clock.{verb}", content, after=60)
+
+
 def manual(event_id: str, after: int, kind: str = "paid") -> StripeEvent:
     """An invoice written by hand that sells vip to user_1."""
     content = objects.invoice(
@@ -442,6 +453,29 @@ STORIES |= {
             invoice("evt_6", 2 * MONTH, "in_2", "payment_failed"),
         ],
         2 * MONTH + DAY,
+        "premium",
+    ),
+    "a test clock runs ahead of the paid time": (
+        [
+            tie(),
+            sub_event("evt_1", CREATED, 0),
+            hangs_on_clock("evt_2", 0),
+            clock("evt_3", MONTH),
+            clock("evt_4", MONTH + 4 * DAY, "advancing"),
+            note("evt_5", "customer.updated", DAY, id="cus_1", object="customer"),
+        ],
+        DAY,
+        "free",
+    ),
+    "a test clock runs through a renewal": (
+        [
+            tie(),
+            sub_event("evt_1", CREATED, 0),
+            hangs_on_clock("evt_2", 0),
+            clock("evt_3", MONTH + 4 * DAY),
+            sub_event("evt_4", UPDATED, MONTH, start=MONTH),
+        ],
+        DAY,
         "premium",
     ),
     "nobody ever says whose it is": (

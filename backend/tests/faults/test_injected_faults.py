@@ -222,7 +222,8 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_next_de
         watch(harness)
         final, _ = await undisturbed(harness, ledger, name)
         webhooks = harness.service.webhooks
-        process = webhooks._process
+        committer = webhooks._committer
+        work = committer._work
         target, committed, finished = 0, 0, False
         while not finished:
             tag = f"r{target:04d}"
@@ -240,19 +241,17 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_next_de
                     task.cancel()
                 suspensions += 1
 
-            async def disturbed(genuine: Any, hook: Callable[[], None] = cancel_at_target) -> Any:
-                return await suspending(process(genuine), hook)
+            async def disturbed(batch: Any, hook: Callable[[], None] = cancel_at_target) -> Any:
+                return await suspending(work(batch), hook)
 
-            webhooks._process = disturbed  # type: ignore[method-assign]
+            committer._work = disturbed
             try:
                 response = await harness.deliver(scenario.event)
                 finished = suspensions <= target
                 # A cancellation that arrives when everything is done may go unnoticed.
-                assert response.status_code == 200
-            except asyncio.CancelledError:
-                pass
+                assert response.status_code in ((200,) if finished else (200, 503))
             finally:
-                webhooks._process = process  # type: ignore[method-assign]
+                committer._work = work
 
             after = await state_of(ledger, tag)
             assert after in (before, final), f"await {target}"

@@ -24,6 +24,8 @@ from backend.tests.support.service import ServiceProcess
 from backend.tests.support.test_servers import children_of, wait_gone
 
 IN_FLIGHT = 8
+# Requests over loopback to a server that has nothing else to do.
+ARRIVAL_SECONDS = 0.5
 # How long no process may hold the port after its supervisor's death.
 PORT_FREE_SECONDS_MAX = 3
 # A worker that is still being started notices at the end of that; on a busy machine that takes a while.
@@ -43,27 +45,28 @@ async def wait_refused(port: int, seconds_max: float) -> float:
     return time.monotonic() - started
 
 
-async def wait_for_waiters(session: asyncpg.Connection, wanted: int) -> None:
-    """Returns once so many sessions wait for a lock."""
+async def wait_for_waiters(session: asyncpg.Connection) -> None:
+    """Returns once a transaction waits for the lock, and all that was sent has had time to queue up behind it."""
     async with asyncio.timeout(5):
         while True:
             # Sessions are seen anew only with a fresh snapshot of the activity.
             waiting = await session.fetchval(
                 "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'webhook_claims'::regclass"
             )
-            if waiting >= wanted:
-                return
+            if waiting > 0:
+                break
             await asyncio.sleep(0.02)
+    await asyncio.sleep(ARRIVAL_SECONDS)
 
 
 @contextlib.asynccontextmanager
-async def held_claims(url: str, waiting: int) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Nobody can claim an event within the block; what it yields waits until so many try."""
+async def held_claims(url: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Nobody can claim an event within the block; what it yields waits until all that was sent tries."""
     holder = await asyncpg.connect(url)
     try:
         async with holder.transaction():
             await holder.execute("LOCK TABLE webhook_claims IN ACCESS EXCLUSIVE MODE")
-            yield lambda: wait_for_waiters(holder, waiting)
+            yield lambda: wait_for_waiters(holder)
     finally:
         await holder.close()
 
@@ -75,7 +78,7 @@ async def test_deliveries_in_flight_at_a_stop_are_finished_and_answered(
     sent = [events.purchase(f"stop{number}", user_id=f"user_{number}") for number in range(IN_FLIGHT)]
     service = ServiceProcess.start(tmp_path, environment(migrated_postgres_url), workers=workers)
     try:
-        async with held_claims(migrated_postgres_url, IN_FLIGHT) as all_wait:
+        async with held_claims(migrated_postgres_url) as all_wait:
             load = asyncio.create_task(send_all([service.port], sent, connections=IN_FLIGHT))
             await all_wait()
             stop = asyncio.create_task(asyncio.to_thread(service.stop))

@@ -19,6 +19,7 @@ from backend.app.billing.entitlements import Evidence, View
 from backend.app.billing.explain import (
     NEXT_CHANGES_MAX,
     RULES,
+    WHY_TEXTS,
     explain,
     explanation_text,
 )
@@ -194,7 +195,9 @@ async def test_what_changes_next_is_said_with_its_date_and_cause(service: Harnes
         "subscription.cancel_at",
     )
     features = by_feature(document["explanation"])
-    assert features["max_devices"]["next"] == {"at": iso(instant(ends)), "value": 5}
+    following = features["max_devices"]["next"]
+    assert (following["at"], following["value"], following["is_planned"]) == (iso(instant(ends)), 5, False)
+    assert following["because"] == change["because"]
     assert features["signals_enabled"]["next"] is None
     assert (await ask(service, at=iso(instant(ends))))["entitlements"]["max_devices"] == 5
 
@@ -403,6 +406,6 @@ def test_every_rule_of_the_domain_has_its_words() -> None:
 
 
 def test_every_rule_is_in_the_document() -> None:
-    rows = [f"| `{rule}` | {words} |" for rule, words in RULES.items()]
+    rows = [f"| `{rule}` | {words} |" for rule, words in (*RULES.items(), *WHY_TEXTS.items())]
     text = (ROOT / "docs" / "explain.md").read_text("utf-8")
     assert [row for row in rows if row not in text.splitlines()] == []

@@ -66,13 +66,14 @@ def checkout(line: str, state: str, effect_key: str, **rest: Any) -> Expected:
 PAID_BY = ("pi:pi_1>cs:cs_test_1",)
 
 
-def subscription(line: str, state: str, *, expects_access: bool) -> Expected:
+def subscription(line: str, state: str, *, expects_access: bool, alerts: int = 0) -> Expected:
     return Expected(
         subject="sub:sub_1",
         fact=f"subscription {state}",
         line=Line(type=line, effect_key="evt:evt_1", amount=None),
         tied_user="user_1",
         expects_access=expects_access,
+        alerts=alerts,
     )
 
 
@@ -167,7 +168,7 @@ EXPECTED = {
         "subscription_pending_update_expired", "active", expects_access=True
     ),
     "customer.subscription.trial_will_end": subscription(
-        "subscription_trial_will_end", "trialing", expects_access=True
+        "subscription_trial_will_end", "trialing", expects_access=True, alerts=1
     ),
     "invoice.paid": invoice(
         Line(type="invoice_paid", effect_key="in:in_1", settled=True), "paid", expects_access=True
@@ -178,7 +179,9 @@ EXPECTED = {
         expects_access=True,
     ),
     "invoice.payment_failed": invoice(
-        Line(type="invoice_payment_failed", effect_key="in:in_1:payment_failed:2"), "payment_failed"
+        Line(type="invoice_payment_failed", effect_key="in:in_1:payment_failed:2"),
+        "payment_failed",
+        alerts=1,
     ),
     "invoice.voided": invoice(Line(type="invoice_voided", effect_key="in:in_1:voided"), "voided"),
     "invoice.marked_uncollectible": invoice(
@@ -197,6 +200,7 @@ EXPECTED = {
     "invoice.overdue": invoice(alerts=1),
     "invoice.finalization_failed": invoice(alerts=1),
     "invoice.overpaid": invoice(alerts=1),
+    "invoice.upcoming": Expected(subject="sub:sub_1", alerts=1),
     "invoice_payment.paid": Expected(
         subject="in:in_1",
         line=Line(type="invoice_payment_paid", effect_key="ip:inpay_1"),
@@ -257,6 +261,12 @@ EXPECTED = {
     "customer.updated": Expected(subject="cus:cus_1", tied_user="user_1"),
     "customer.deleted": Expected(subject="cus:cus_1", fact="ended"),
     "account.application.deauthorized": Expected(subject="acct:acct_1", fact="ended", alerts=1),
+    "account.updated": Expected(subject="acct:acct_1", alerts=1),
+    "test_helpers.test_clock.created": Expected(subject=None, fact="clock"),
+    "test_helpers.test_clock.advancing": Expected(subject=None, fact="clock"),
+    "test_helpers.test_clock.ready": Expected(subject=None, fact="clock"),
+    "test_helpers.test_clock.deleted": Expected(subject=None, fact="clock"),
+    "test_helpers.test_clock.internal_failure": Expected(subject=None, fact="clock"),
     "subscription_schedule.created": schedule("active"),
     "subscription_schedule.updated": schedule("active"),
     "subscription_schedule.expiring": schedule("active"),
@@ -289,7 +299,8 @@ def expected_of(translation: Translation) -> Expected:
     assert len(translation.facts) <= 1
     assert len(translation.payments) <= 1
     for about in translation.facts:
-        assert about.key == translation.subject
+        # A test clock is the business of several users, so its event is about none of them.
+        assert about.key == (translation.subject or "clock:clock_1")
         assert about.fact.as_of == OCCURRED_AT
     links = [f"{link.child}>{link.parent}" for link in translation.links]
     return Expected(

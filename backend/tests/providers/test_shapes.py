@@ -41,7 +41,7 @@ CARRIED_BY = {
     "product.": "product",
 }
 # Stripe publishes no examples of these objects, or of an application no more than its id.
-WITHOUT_EXAMPLE = ("review.", "plan.", "account.")
+WITHOUT_EXAMPLE = ("review.", "plan.", "account.", "test_helpers.")
 
 
 def object_of(event_type: str) -> str:
@@ -104,7 +104,8 @@ def test_an_example_of_each_date_is_understood_in_every_event_that_carries_it(
     translation = assertions_of(event_type, content)
     if name in ("price", "product"):
         assert len(translation.alerts) == 1
-    else:
+    elif event_type != "invoice.upcoming":
+        # One that is to come may be of a customer without a subscription.
         assert translation.subject
     for about in translation.facts:
         assert about.key == translation.subject

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from backend.app.billing.domain.facts import FeatureValue, PriceRef
 
 Features = Mapping[str, FeatureValue]
-
+Answer = TypeVar("Answer", bound=StrEnum)
 
 POLICY_VERSION = 1
 # A century of days and eleven years of hours: what is more is a slip of the finger.
@@ -48,6 +48,13 @@ class Keep(StrEnum):
 
     KEEP = "keep"
     REVOKE = "revoke"
+
+
+class PartialRefund(StrEnum):
+    """What becomes of a purchase of several units of which some were given back."""
+
+    KEEP = "keep"  # all of them stay, and the purchase is flagged
+    REDUCE_QUANTITY = "reduce_quantity"  # as many units stay as were not given back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +124,7 @@ class Policy:
     pause_collection_keep_as_draft: Keep
     pause_collection_mark_uncollectible: Keep
     refund_revoke_percent: int
+    refund_partial: PartialRefund
     refund_subscription: Keep
     dispute_open: Keep
     dispute_lost: Keep
@@ -237,15 +245,21 @@ def _policy(reader: _Reader) -> Policy:
     percent = reader.whole_number("refund_revoke_percent")
     if not 1 <= percent <= 100:  # noqa: PLR2004  # a percentage
         raise CatalogError(f"{reader.at('refund_revoke_percent')}: a percentage from 1 to 100 is expected")
-    answers = {key: reader.keep(key) for key in _POLICY_ANSWERS}
+    answers = {key: reader.choice(key, Keep) for key in _POLICY_ANSWERS}
     reader.refuse_others(
-        "version", "renewal_slack_hours", "past_due_grace_days", "refund_revoke_percent", *_POLICY_ANSWERS
+        "version",
+        "renewal_slack_hours",
+        "past_due_grace_days",
+        "refund_revoke_percent",
+        "refund_partial",
+        *_POLICY_ANSWERS,
     )
     return Policy(
         version=version,
         renewal_slack=timedelta(hours=reader.whole_number("renewal_slack_hours")),
         past_due_grace=timedelta(days=reader.whole_number("past_due_grace_days")),
         refund_revoke_percent=percent,
+        refund_partial=reader.choice("refund_partial", PartialRefund),
         **answers,
     )
 
@@ -293,11 +307,12 @@ class _Reader:
             raise CatalogError(f"{self.at(key)}: true or false is expected")
         return value
 
-    def keep(self, key: str) -> Keep:
+    def choice(self, key: str, answers: type[Answer]) -> Answer:
         value = self.data.get(key)
-        if value not in set(Keep):
-            raise CatalogError(f'{self.at(key)}: "keep" or "revoke" is expected')
-        return Keep(str(value))
+        if value not in set(answers):
+            expected = " or ".join(f'"{answer}"' for answer in answers)
+            raise CatalogError(f"{self.at(key)}: {expected} is expected")
+        return answers(str(value))
 
     def whole_number(self, key: str) -> int:
         value = self.data.get(key)

@@ -18,6 +18,7 @@ from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.facts import (
     CheckoutFact,
     CustomerId,
+    EndedFact,
     Event,
     Fact,
     PaymentFact,
@@ -29,7 +30,7 @@ from backend.app.billing.domain.facts import (
 )
 from backend.app.billing.domain.merge import Entitlement, entitlement_of, live_accesses
 from backend.app.billing.domain.pricing import NO_PLAN_NAMED, resolve_plan
-from backend.app.billing.domain.state import Owned, State
+from backend.app.billing.domain.state import NO_FACTS, Owned, State
 from backend.app.billing.domain.subscriptions import KNOWN_STATUSES
 from backend.app.billing.domain.timeline import is_settled
 
@@ -111,7 +112,7 @@ class Reread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Everything that follows from one event."""
+    """Everything that follows from one event; `departed` is its customer where that one was deleted."""
 
     status: Status
     reason: str | None = None
@@ -119,6 +120,7 @@ class Decision:
     plan_code: str | None = None
     subject: SubjectId | None = None
     customer: CustomerId | None = None
+    departed: CustomerId | None = None
     facts: tuple[tuple[SubjectId, Fact], ...] = ()
     links: tuple[tuple[SubjectId, SubjectId], ...] = ()
     sources: tuple[tuple[SubjectId, Owned], ...] = ()
@@ -142,7 +144,8 @@ def decide(
     state = state.with_parents(links).with_facts(dict(facts))
     touched = _touched(state, scope, facts, links, tied)
     state, moved, concerned = _with_owners(state, touched)
-    state, changes = _with_entitlements(catalog, state, event, concerned, now)
+    # The rest looks at the state as it was read for this, which knows each source's reading already.
+    settled, changes = _with_entitlements(catalog, state, event, concerned, now)
 
     subject = scope.subject(translation.subject) if translation.subject is not None else None
     customer = scope.customer(translation.customer_id) if translation.customer_id is not None else None
@@ -151,13 +154,14 @@ def decide(
     user_id = _user_of(state, translation, source, customer)
     plan_code = _plan_code_of(catalog, translation, reading)
     reason = _reason_to_park(translation, reading, user_id, sells=source is not None and source == subject)
-    return state, Decision(
+    return settled, Decision(
         status=Status.PARKED if reason else Status.SUCCESS,
         reason=reason,
         user_id=user_id,
         plan_code=plan_code,
         subject=subject,
         customer=customer,
+        departed=_departed(state, source, customer),
         facts=tuple(facts),
         links=tuple(links),
         sources=tuple((source_id, state.sources[source_id]) for source_id in sorted(touched)),
@@ -298,6 +302,18 @@ def _source_behind(state: State, subject: SubjectId | None) -> SubjectId | None:
     return min(found, key=lambda candidate: (bool(state.parents.get(candidate)), candidate), default=None)
 
 
+def _departed(state: State, source: SubjectId | None, customer: CustomerId | None) -> CustomerId | None:
+    """The customer an event is about, by its own word or by its source's, where that customer was deleted."""
+    if customer is None and source is not None:
+        customer_id = state.sources[source].customer_id
+        customer = CustomerId(source.account, source.livemode, customer_id) if customer_id else None
+    if customer is None:
+        return None
+    itself = SubjectId(customer.account, customer.livemode, f"cus:{customer.id}")
+    told = state.facts.get(itself, NO_FACTS)
+    return customer if any(isinstance(fact, EndedFact) for fact in told) else None
+
+
 def _user_of(
     state: State, translation: Translation, source: SubjectId | None, customer: CustomerId | None
 ) -> str | None:
@@ -406,7 +422,16 @@ def _notices(state: State, scope: _Scope, translation: Translation, reason: str 
                 f"{about.fact.status!r} (event {event.id}). Its last known state is kept.",
             )
     for alert in translation.alerts:
-        yield Notice(key=f"event:{event.account}:{event.livemode}:{event.id}:{alert}", text=alert)
+        if alert.is_routine:
+            yield Notice(
+                key=f"routine:{event.account}:{event.livemode}:{event.type}:{event.occurred_at:%Y-%m-%d}",
+                text=f"{alert.text} Further events of this type and day are not reported one by one; "
+                f"they are in the list of events under {event.type}.",
+            )
+        else:
+            yield Notice(
+                key=f"event:{event.account}:{event.livemode}:{event.id}:{alert.text}", text=alert.text
+            )
     if reason is not None:
         subject = (translation.customer_id or translation.subject or event.id) if reason == NO_USER else ""
         yield Notice(

@@ -23,7 +23,7 @@ SOURCE_KINDS = frozenset({"sub", "cs", "in", "pi", "grant"})
 class SubjectId(NamedTuple):
     """A subject's name; Stripe's ids are unique only within an account and a livemode.
 
-    `key` is `<kind>:<id>`; kinds are sub, cs, in, pi, ch, grant and cus.
+    `key` is `<kind>:<id>`; kinds are sub, cs, in, pi, ch, grant, cus, acct and clock.
     """
 
     account: str
@@ -58,6 +58,13 @@ class Via(IntEnum):
     METADATA = 3
 
 
+# A person's action goes through the same decision as an event; no id of Stripe's has a colon.
+ACTION_ID_PREFIX = "action:"
+
+# Stripe's ids are unique within an account and a mode.
+EventKey = tuple[str, bool, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """A verified event's envelope. `account` is empty for the platform's own account."""
@@ -68,6 +75,11 @@ class Event:
     type: str
     api_version: str | None
     occurred_at: datetime
+
+    @property
+    def key(self) -> EventKey:
+        """What tells it from all other events."""
+        return self.account, self.livemode, self.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +147,15 @@ class CheckoutState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PurchaseLine:
-    """One line of a purchase, where the event carries the lines."""
+    """One line of a purchase, where the event carries the lines.
+
+    `amount` is what all of its units cost together, in the currency's smallest unit, where the line says so.
+    """
 
     line_id: str
     price: PriceRef
     quantity: int
+    amount: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +282,19 @@ class EndedFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClockFact:
+    """How far a test clock was moved: `as_of` is the clock's time, which may lie ahead of ours.
+
+    What has occurred is in force, so the users of what hangs on the clock are in its time.
+    """
+
+    kind: Literal["clock"] = "clock"
+    event_id: str
+    event_type: str
+    as_of: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulePhase:
     """From when on a schedule wants which prices."""
 
@@ -329,6 +358,7 @@ Fact = (
     | DisputeFact
     | FraudFact
     | EndedFact
+    | ClockFact
     | ScheduleFact
     | GrantFact
     | ClaimFact
@@ -356,7 +386,8 @@ class About:
 class Link:
     """`child` bears on `parent`, both subject keys of one account and livemode.
 
-    A charge bears on its payment, a payment on its invoice or session, an invoice on its subscription.
+    A charge bears on its payment, a payment on its invoice or session, an invoice on its subscription,
+    a test clock on its customers and their subscriptions.
     """
 
     child: str
@@ -404,6 +435,17 @@ class PaymentFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """A text for the owner.
+
+    What is `routine` comes with every billing run: of an event's type the owner hears once a day.
+    """
+
+    text: str
+    is_routine: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
     """All that one event asserts.
 
@@ -418,4 +460,4 @@ class Translation:
     payments: tuple[PaymentFact, ...] = ()
     expects_access: bool = False
     customer_id: str | None = None
-    alerts: tuple[str, ...] = ()
+    alerts: tuple[Alert, ...] = ()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from backend.app.billing.domain.access import Access, Reading, Source
-from backend.app.billing.domain.catalog import Catalog
+from backend.app.billing.domain.catalog import Catalog, PartialRefund
 from backend.app.billing.domain.facts import (
     CheckoutFact,
     CheckoutState,
@@ -17,7 +18,7 @@ from backend.app.billing.domain.facts import (
     PurchaseLine,
 )
 from backend.app.billing.domain.pricing import plans_of
-from backend.app.billing.domain.reversals import LastPayment, refunded_amount, reversal_of
+from backend.app.billing.domain.reversals import LastPayment, full_refund, refunded_amount, reversal_of
 
 # A session that got paid stays paid; a failed or expired one was awaiting before.
 _CHECKOUT_STAGE = {
@@ -133,12 +134,18 @@ def _bought(
     lines: Sequence[PurchaseLine],
     plan_hint: str | None,
 ) -> Reading:
+    refunded, refunded_at, refund_event_id = refunded_amount(source.facts)
+    if catalog.policy.refund_partial is PartialRefund.REDUCE_QUANTITY:
+        lines = _without_refunded_units(lines, amount, refunded)
     reversal = reversal_of(
         catalog.policy,
         source.facts,
         payment=LastPayment(amount=amount, at=paid_at),
         is_subscription=False,
     )
+    if reversal is None and refunded_at is not None and any(line.quantity == 0 for line in lines):
+        # Every unit was given back, and only what came on top of them, such as shipping, was not.
+        reversal = full_refund(refunded_at, refund_event_id)
     if reversal is not None:
         return Reading(
             status=reversal.status,
@@ -150,7 +157,6 @@ def _bought(
     # Where the event does not carry the lines, the session's own plan stands for them.
     parts = lines or (PurchaseLine(line_id="", price=PriceRef(), quantity=1),)
     plans, unknown = plans_of(catalog, [(line.price, line) for line in parts], plan_hint)
-    refunded, _, _ = refunded_amount(source.facts)
     return Reading(
         status="active",
         as_of=paid_at,
@@ -174,3 +180,18 @@ def _bought(
         unknown=unknown,
         flags=("partially_refunded",) if refunded > 0 else (),
     )
+
+
+def _without_refunded_units(
+    lines: Sequence[PurchaseLine], amount: int | None, refunded: int
+) -> Sequence[PurchaseLine]:
+    """The lines with as many units less as the refunds pay for; of several lines nobody says which one was meant."""
+    if len(lines) != 1 or lines[0].quantity <= 1:
+        return lines
+    line = lines[0]
+    paid = line.amount if line.amount is not None else amount
+    if not paid or paid < 0:
+        return lines
+    # The price of some units is rounded down to the smallest coin: 33 of 100 give back one of three.
+    units = ((refunded + 1) * line.quantity - 1) // paid
+    return (replace(line, quantity=max(line.quantity - units, 0)),)

@@ -78,6 +78,11 @@ def reversal_of(
     return None
 
 
+def full_refund(as_of: datetime, event_id: str) -> Reversal:
+    """The end of a source whose money was given back."""
+    return Reversal(status="refunded", rule="refund.full", as_of=as_of, event_id=event_id)
+
+
 def refunded_amount(facts: Iterable[Fact]) -> tuple[int, datetime | None, str]:
     """How much was given back, since when, and by which event: of a refund's reports the newest counts."""
     newest: dict[str, RefundFact] = {}
@@ -179,7 +184,7 @@ def _refunded(
     paid_amount = payment.amount if payment is not None and payment.amount is not None else 0
     if amount * 100 < paid_amount * policy.refund_revoke_percent:
         return None
-    return Reversal(status="refunded", rule="refund.full", as_of=as_of, event_id=event_id)
+    return full_refund(as_of, event_id)
 
 
 def _refund_order(fact: RefundFact) -> tuple[datetime, int, str]:

@@ -33,6 +33,15 @@ class Owned:
     user_id: str | None
 
 
+@dataclass(slots=True)
+class _Memo:
+    """Answers of one state, which never changes."""
+
+    sources: dict[SubjectId, Source] = field(default_factory=dict)
+    readings: dict[int, dict[SubjectId, Reading | None]] = field(default_factory=dict)
+    children: dict[SubjectId, list[SubjectId]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Complete for the customers and users that its events concern.
@@ -45,11 +54,20 @@ class State:
     sources: Mapping[SubjectId, Owned] = field(default_factory=dict)
     ties: Mapping[CustomerId, frozenset[Tie]] = field(default_factory=dict)
     entitlements: Mapping[str, Entitlement] = field(default_factory=dict)
+    # What was worked out already; a state that differs in anything is another object, with a memo of its own.
+    _memo: _Memo = field(default_factory=_Memo, init=False, repr=False, compare=False)
 
     def source(self, source_id: SubjectId) -> Source:
         """A source with its own facts and those of all that bears on it."""
+        known = self._memo.sources.get(source_id)
+        if known is None:
+            known = self._memo.sources[source_id] = self._gathered(source_id)
+        return known
+
+    def _gathered(self, source_id: SubjectId) -> Source:
         owned = self.sources[source_id]
-        related = [*self.below({source_id}), *_around(source_id, owned.customer_id)]
+        # A test clock may bear on the customer alone.
+        related = self.below({source_id, *_around(source_id, owned.customer_id)})
         facts = [fact for subject in related for fact in self.facts.get(subject, NO_FACTS)]
         return Source(
             id=source_id,
@@ -60,9 +78,13 @@ class State:
 
     def reading(self, catalog: Catalog, source_id: SubjectId) -> Reading | None:
         """What a source comes to."""
-        return read_source(
-            catalog, self.source(source_id), is_part_of_another=bool(self.parents.get(source_id))
-        )
+        # By identity: two catalogs may be compared on one state, and both outlive it.
+        readings = self._memo.readings.setdefault(id(catalog), {})
+        if source_id not in readings:
+            readings[source_id] = read_source(
+                catalog, self.source(source_id), is_part_of_another=bool(self.parents.get(source_id))
+            )
+        return readings[source_id]
 
     def readings_of(self, catalog: Catalog, user_id: str) -> list[Reading]:
         """What each source of a user comes to."""
@@ -98,10 +120,11 @@ class State:
 
     def below(self, subjects: Iterable[SubjectId]) -> list[SubjectId]:
         """The subjects and all that bears on them, in order."""
-        children: dict[SubjectId, list[SubjectId]] = {}
-        for child, parents in self.parents.items():
-            for parent in parents:
-                children.setdefault(parent, []).append(child)
+        children = self._memo.children
+        if not children:
+            for child, parents in self.parents.items():
+                for parent in parents:
+                    children.setdefault(parent, []).append(child)
         seen: set[SubjectId] = set()
         waiting = list(subjects)
         while waiting:
@@ -110,6 +133,19 @@ class State:
                 seen.add(subject)
                 waiting += children.get(subject, [])
         return sorted(seen)
+
+    def within(self, facts_max: int, subjects: Iterable[SubjectId]) -> State:
+        """As it would be loaded again: of each kind of fact of these subjects only the newest."""
+        changed: dict[SubjectId, tuple[Fact, ...]] = {}
+        for subject in subjects:
+            known = self.facts[subject]
+            if len(known) <= facts_max:
+                continue
+            kept: dict[str, list[Fact]] = {}
+            for fact in sorted(known, key=lambda fact: (fact.as_of, fact.event_id)):
+                kept.setdefault(fact.kind, []).append(fact)
+            changed[subject] = tuple(fact for group in kept.values() for fact in group[-facts_max:])
+        return replace(self, facts={**self.facts, **changed}) if changed else self
 
     def user_of_customer(self, customer: CustomerId) -> str | None:
         """The user a customer is tied to."""

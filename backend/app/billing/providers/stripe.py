@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backend.app.billing.domain.facts import Translation
+from backend.app.billing.domain.facts import CustomerId, Translation
 from backend.app.billing.providers import (
     stripe_accounts,
     stripe_checkout,
+    stripe_clocks,
     stripe_customers,
     stripe_invoices,
     stripe_payments,
     stripe_schedules,
     stripe_subscriptions,
 )
-from backend.app.billing.providers.fields import Fields
-from backend.app.billing.providers.registry import Translator, translators
+from backend.app.billing.providers.fields import Fields, TranslationError
+from backend.app.billing.providers.registry import Translator, customer_of, translators
 from backend.app.billing.providers.stripe_event import StripeEvent
 
 # Imported because each registers its functions; named so that nobody takes the imports for leftovers.
@@ -32,6 +33,7 @@ FAMILIES = (
     stripe_payments,
     stripe_customers,
     stripe_accounts,
+    stripe_clocks,
 )
 
 # Every handled event type and the function that translates it.
@@ -52,3 +54,15 @@ def translate(event: StripeEvent) -> Translation | None:
         Fields(event.object, "data.object"),
         Fields(event.previous_attributes, "data.previous_attributes"),
     )
+
+
+def customer_named(event: StripeEvent) -> CustomerId | None:
+    """The customer that an event's object is or belongs to, whatever its type; None where it names none."""
+    document = Fields(event.object, "data.object")
+    try:
+        is_customer = document.text("object") == "customer"
+        customer_id = document.id("id") if is_customer else customer_of(document)
+    except TranslationError:
+        return None
+    envelope = event.envelope
+    return CustomerId(envelope.account, envelope.livemode, customer_id) if customer_id else None

@@ -6,6 +6,7 @@ from typing import Literal
 
 from backend.app.billing.domain.facts import (
     About,
+    Alert,
     CheckoutFact,
     CheckoutState,
     Event,
@@ -92,7 +93,9 @@ def checkout_session(event: Event, session: Fields, _previous: Fields) -> Transl
         ),
         expects_access=key is not None and (settled or (mode == "subscription" and completed)),
         customer_id=customer_id,
-        alerts=(f"Checkout {session_id}: the payment failed (event {event.id}); nothing was granted.",)
+        alerts=(
+            Alert(text=f"Checkout {session_id}: the payment failed (event {event.id}); nothing was granted."),
+        )
         if state is CheckoutState.FAILED
         else (),
     )

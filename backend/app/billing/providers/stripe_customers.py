@@ -1,10 +1,11 @@
-"""Customers and connected accounts: who somebody is, and that they are gone."""
+"""Customers: who somebody is, and that they are gone."""
 
 from __future__ import annotations
 
 from backend.app.billing.domain.facts import About, EndedFact, Event, Translation, Via
 from backend.app.billing.providers.fields import Fields
 from backend.app.billing.providers.registry import strongest_tie, translates
+from backend.app.billing.providers.stripe_clocks import clock_link
 
 
 @translates("customer.created", "customer.updated")
@@ -16,6 +17,7 @@ def customer(event: Event, document: Fields, _previous: Fields) -> Translation:
     customer_id = document.required_id("id")
     return Translation(
         subject=f"cus:{customer_id}",
+        links=clock_link(event, document, f"cus:{customer_id}"),
         ties=strongest_tie(
             event, customer_id, (Via.METADATA, document.object("metadata").user_id("user_id"))
         ),

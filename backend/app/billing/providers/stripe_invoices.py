@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from backend.app.billing.domain.facts import (
     About,
+    Alert,
     Event,
     InvoiceFact,
     InvoiceState,
@@ -27,6 +28,10 @@ _STATES = {
     "invoice.marked_uncollectible": InvoiceState.UNCOLLECTIBLE,
 }
 # What the owner should look at; none of it takes access away by itself.
+_STATE_ALERTS = {
+    InvoiceState.PAYMENT_FAILED: "the payment failed",
+    InvoiceState.UNCOLLECTIBLE: "it was marked uncollectible",
+}
 _ALERTS = {
     "invoice.payment_action_required": "the customer must confirm a payment",
     "invoice.payment_attempt_required": "a payment has to be attempted by hand",
@@ -87,9 +92,9 @@ def invoice(event: Event, document: Fields, _previous: Fields) -> Translation:
         ),
         expects_access=paid and (subscription_id is not None or bool(fact.lines)),
         customer_id=customer_id,
-        alerts=(f"Invoice {invoice_id} was marked uncollectible (event {event.id}).",)
-        if state is InvoiceState.UNCOLLECTIBLE
-        else (),
+        alerts=_alerts(
+            event, invoice_id, _STATE_ALERTS.get(state), is_routine=state is InvoiceState.PAYMENT_FAILED
+        ),
     )
 
 
@@ -112,13 +117,31 @@ def invoice_notice(event: Event, document: Fields, _previous: Fields) -> Transla
     lines = list(document.list_data("lines"))
     subscription_id = _subscription_of(document, lines)
     user_id, _ = _metadata_of(document, lines)
-    what = _ALERTS.get(event.type)
     return Translation(
         subject=f"in:{invoice_id}",
         links=_links(document, invoice_id, subscription_id),
         ties=strongest_tie(event, customer_id, (Via.METADATA, user_id)),
         customer_id=customer_id,
-        alerts=(f"Invoice {invoice_id}: {what} (event {event.id}).",) if what else (),
+        alerts=_alerts(event, invoice_id, _ALERTS.get(event.type)),
+    )
+
+
+@translates("invoice.upcoming")
+def invoice_upcoming(event: Event, document: Fields, _previous: Fields) -> Translation:
+    """An invoice that is to come: the owner hears of it; it has no id yet, and nothing follows from it.
+
+    Source: https://docs.stripe.com/api/invoices/upcoming_invoice
+    """
+    customer_id = customer_of(document)
+    subscription_id = _subscription_of(document, list(document.list_data("lines")))
+    return Translation(
+        subject=f"sub:{subscription_id}" if subscription_id else None,
+        customer_id=customer_id,
+        alerts=(
+            Alert(
+                text=f"An invoice of customer {customer_id} is coming up (event {event.id}).", is_routine=True
+            ),
+        ),
     )
 
 
@@ -183,6 +206,14 @@ def credit_note(event: Event, document: Fields, _previous: Fields) -> Translatio
         ),
         customer_id=customer_of(document),
     )
+
+
+def _alerts(
+    event: Event, invoice_id: str, what: str | None, *, is_routine: bool = False
+) -> tuple[Alert, ...]:
+    if what is None:
+        return ()
+    return (Alert(text=f"Invoice {invoice_id}: {what} (event {event.id}).", is_routine=is_routine),)
 
 
 def _credited(document: Fields, amount: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from backend.app.billing.domain.facts import (
     About,
+    Alert,
     ChargeFact,
     DisputeFact,
     Event,
@@ -171,7 +172,7 @@ def dispute(event: Event, document: Fields, _previous: Fields) -> Translation:
             status=status,
         )
         facts = (About(key=key, fact=fact),)
-    alert = f"Dispute {dispute_id} of {key} is {status} (event {event.id})."
+    alert = Alert(text=f"Dispute {dispute_id} of {key} is {status} (event {event.id}).")
     return _money(
         event,
         document,
@@ -208,7 +209,7 @@ def fraud(event: Event, document: Fields, _previous: Fields) -> Translation:
         subject=key,
         facts=facts,
         links=_charge_link(document),
-        alerts=(f"{event.type} for {key} (event {event.id}).",),
+        alerts=(Alert(text=f"{event.type} for {key} (event {event.id})."),),
     )
 
 
@@ -245,7 +246,7 @@ def _money(
     settled: bool,
     facts: tuple[About, ...] = (),
     expects_access: bool = False,
-    alerts: tuple[str, ...] = (),
+    alerts: tuple[Alert, ...] = (),
 ) -> Translation:
     """A ledger line, with the facts that bear on what was bought with the money."""
     object_id, customer_id, key = document.id("id"), customer_of(document), _paying(document)

@@ -37,7 +37,11 @@ def purchase_lines(lines: Sequence[Fields]) -> tuple[PurchaseLine, ...]:
     named = [(line, price_of(line)) for line in lines]
     return tuple(
         PurchaseLine(
-            line_id=line.id("id") or f"line-{index}", price=price, quantity=line.amount("quantity") or 1
+            line_id=line.id("id") or f"line-{index}",
+            price=price,
+            quantity=line.amount("quantity") or 1,
+            # A session's line tells what was paid for it; an invoice's only what it cost before tax and discounts.
+            amount=line.amount("amount_total"),
         )
         for index, (line, price) in enumerate(named)
         if price.price_id or price.product_id or price.lookup_key

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from backend.app.billing.domain.facts import (
     About,
+    Alert,
     Event,
     PaymentFact,
     SubscriptionFact,
@@ -17,6 +18,7 @@ from backend.app.billing.domain.subscriptions import GRANTING_STATUSES
 from backend.app.billing.domain.timeline import TERMINAL_STATUSES
 from backend.app.billing.providers.fields import Fields
 from backend.app.billing.providers.registry import customer_of, ledger_type, strongest_tie, translates
+from backend.app.billing.providers.stripe_clocks import clock_link
 from backend.app.billing.providers.stripe_prices import price_of
 
 
@@ -69,6 +71,7 @@ def subscription(event: Event, snapshot: Fields, previous: Fields) -> Translatio
     return Translation(
         subject=f"sub:{subscription_id}",
         facts=(About(key=f"sub:{subscription_id}", fact=fact),),
+        links=clock_link(event, snapshot, f"sub:{subscription_id}"),
         ties=strongest_tie(event, customer_id, (Via.METADATA, fact.metadata_user_id)),
         payments=(
             PaymentFact(
@@ -81,6 +84,14 @@ def subscription(event: Event, snapshot: Fields, previous: Fields) -> Translatio
         ),
         expects_access=status in GRANTING_STATUSES,
         customer_id=customer_id,
+        alerts=(
+            Alert(
+                text=f"The trial of subscription {subscription_id} ends soon (event {event.id}).",
+                is_routine=True,
+            ),
+        )
+        if event.type == "customer.subscription.trial_will_end"
+        else (),
     )
 
 

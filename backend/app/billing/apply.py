@@ -1,0 +1,356 @@
+"""Decides on events and writes every consequence, any number of them in one transaction.
+
+    decisions = await applier.apply(tx, [Assertion(event=..., asserts=...)], effects)
+
+What is read, locked and written for many events takes as many statements as for one: rows gather in
+memory and go to each table together. Only where something had waited for one of the events is written
+earlier, because it is found by what is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from backend.app.audit import log as audit_log
+from backend.app.audit.models import AuditLog
+from backend.app.billing import store, store_state
+from backend.app.billing.domain.access import named_users
+from backend.app.billing.domain.catalog import Catalog
+from backend.app.billing.domain.components import components, customer_name
+from backend.app.billing.domain.decide import (
+    NO_USER,
+    Attribution,
+    Decision,
+    EntitlementChange,
+    Notice,
+    Payment,
+    Status,
+    Waiting,
+    decide,
+)
+from backend.app.billing.domain.facts import ACTION_ID_PREFIX, CustomerId, Event, SubjectId, Translation
+from backend.app.billing.domain.state import State
+from backend.app.billing.models import PaymentEvent
+from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
+from backend.app.billing.reread import reread_message
+from backend.app.core.clock import Clock
+from backend.app.core.database import Tx
+from backend.app.core.ids import new_id
+from backend.app.ops.alerts import owner_alert
+from backend.app.ops.outbox import NewMessage, stage_many
+
+
+@dataclass(slots=True)
+class Effects:
+    """What a transaction did, to be counted once it has committed; `actor` is who did it, by default the event itself."""
+
+    actor: str | None = None
+    audit_actions: list[str] = field(default_factory=list)
+    changes: list[tuple[str, str]] = field(default_factory=list)
+    messages: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assertion:
+    """An event or action and what it asserts, or the decision on it where there is nothing to decide.
+
+    `row` makes the event's row of `webhook_events` from its decision; None where none is to be written.
+    """
+
+    event: Event
+    asserts: Translation | Decision
+    row: Callable[[Decision], store.StoredEvent] | None = None
+
+
+class Applier:
+    """Applies events under one catalog; `rereads` says whether Stripe can be asked."""
+
+    def __init__(self, catalog: Catalog, clock: Clock, *, rereads: bool) -> None:
+        self._catalog = catalog
+        self._clock = clock
+        self._rereads = rereads
+
+    async def preview(self, tx: Tx, event: Event, translation: Translation) -> Decision:
+        """What `apply` would decide now; nothing is written, and what it concerns stays locked."""
+        parties = await store_state.lock_parties(tx, named_parties(event, translation))
+        state = await store_state.load_state(tx, parties)
+        return decide(self._catalog, state, event, translation, now=self._clock.now())[1]
+
+    async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
+        """Decides on events in their order and writes every consequence into the open transaction."""
+        now = self._clock.now()
+        named = [
+            named_parties(each.event, each.asserts) if isinstance(each.asserts, Translation) else None
+            for each in assertions
+        ]
+        known = [parties for parties in named if parties is not None]
+        # What can't be decided on is looked at no further, but a deleted customer's data is in it all the same.
+        deleted = await deleted_customers(
+            tx,
+            {
+                each.asserts.customer
+                for each in assertions
+                if isinstance(each.asserts, Decision) and each.asserts.customer is not None
+            },
+        )
+        writes = _Writes(tx, effects, now)
+        decisions: list[Decision] = []
+        if known:
+            parties = await store_state.lock_parties(tx, store_state.Parties.together(known))
+            state = await store_state.load_state(tx, parties)
+            waiting = await store_state.load_waiting(tx, _subjects(state, parties), parties.customers)
+            numbers, states = components(state, [party_names(one) for one in known])
+            places = iter(numbers)
+        for each in assertions:
+            if isinstance(each.asserts, Decision):
+                decision = each.asserts
+            else:
+                number = next(places)
+                states[number], decision = decide(
+                    self._catalog, states[number], each.event, each.asserts, now=now
+                )
+                states[number] = states[number].within(
+                    store_state.FACTS_PER_SUBJECT_MAX, [subject for subject, _ in decision.facts]
+                )
+                writes.add(each.event, decision)
+                if _concerns(decision, waiting):
+                    await writes.attribute(each.event, decision)
+                waiting |= _waits(each.event, decision)
+            if self._rereads and not each.event.id.startswith("read_"):
+                writes.messages += [
+                    reread_message(wanted, cause_event_id=each.event.id) for wanted in decision.rereads
+                ]
+            writes.messages += [_alert(notice) for notice in decision.notices]
+            departed = decision.departed or (decision.customer if decision.customer in deleted else None)
+            if departed is not None:
+                writes.messages.append(pseudonymise_message(departed, cause=each.event))
+            if each.row is not None:
+                writes.events.append(each.row(decision))
+            decisions.append(decision)
+        await writes.flush()
+        await stage_many(tx, writes.messages, now=now)
+        effects.messages = effects.messages or bool(writes.messages)
+        return decisions
+
+
+class _Writes:
+    """Rows that gather until they are written together, each kind with one statement."""
+
+    def __init__(self, tx: Tx, effects: Effects, now: datetime) -> None:
+        self._tx = tx
+        self._effects = effects
+        self._now = now
+        self._decided: list[tuple[Event, Decision]] = []
+        self._audit: list[AuditLog] = []
+        self.events: list[store.StoredEvent] = []
+        self.messages: list[NewMessage] = []
+
+    def add(self, event: Event, decision: Decision) -> None:
+        """Keeps a decision, to be written with the next flush."""
+        self._decided.append((event, decision))
+
+    async def flush(self) -> None:
+        """Writes everything that has gathered."""
+        tx, now, decided = self._tx, self._now, self._decided
+        await store.save_ties(tx, [tie for _, decision in decided for tie in decision.ties])
+        await store.save_links(tx, [link for _, decision in decided for link in decision.links])
+        await store.save_facts(tx, [fact for _, decision in decided for fact in decision.facts])
+        sources = dict(source for _, decision in decided for source in decision.sources)
+        await store.save_sources(tx, list(sources.items()), now=now)
+        changes = [(change, event) for event, decision in decided for change in decision.changes]
+        await store.save_entitlements(tx, changes, now=now)
+        for change, event in changes:
+            self._add_audit(_entitlement_audit(change, event, self._actor(event), now))
+            self._effects.changes.append((change.after.plan_code, change.kind.value))
+        lines = [
+            (_ledger_line(payment, event, now), event)
+            for event, decision in decided
+            for payment in decision.payments
+        ]
+        new = await store.add_payments(tx, [line for line, _ in lines])
+        for line, event in lines:
+            if line.id in new:
+                self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
+        await store.save_events(tx, self.events)
+        await audit_log.append(tx, self._audit)
+        self._decided, self.events, self._audit = [], [], []
+
+    async def attribute(self, event: Event, decision: Decision) -> None:
+        """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
+        await self.flush()
+        actor = self._actor(event)
+        for attribution in decision.attributions:
+            for line in await store.attribute_payments(self._tx, attribution):
+                self._add_audit(_payment_audit("payment.attributed", line, actor, self._now))
+        settled: list[tuple[str, str | None]] = []
+        for waiting in decision.waiting:
+            await store.name_plans(self._tx, waiting)
+            settled += [
+                (event_id, waiting.user_id) for event_id in await store.settle_waiting(self._tx, waiting)
+            ]
+        for attribution in decision.attributions:
+            settled += [
+                (event_id, attribution.user_id)
+                for event_id in await store.settle_waiting_customer(self._tx, attribution, NO_USER)
+            ]
+        for event_id, user_id in settled:
+            self._add_audit(
+                AuditLog(
+                    id=new_id(),
+                    user_id=user_id,
+                    action="event.unparked",
+                    resource_type="event",
+                    resource_id=event_id,
+                    details={f"by_{_cause_key(event)}": event.id},
+                    actor=actor,
+                    created_at=self._now,
+                )
+            )
+
+    def _actor(self, event: Event) -> str:
+        return self._effects.actor or f"stripe:{event.id}"
+
+    def _add_audit(self, row: AuditLog) -> None:
+        self._audit.append(row)
+        self._effects.audit_actions.append(row.action)
+
+
+def named_parties(event: Event, translation: Translation) -> store_state.Parties:
+    """The subjects, customers and users that an event names itself."""
+    keys = {about.key for about in translation.facts}
+    keys |= {key for link in translation.links for key in (link.child, link.parent)}
+    if translation.subject is not None:
+        keys.add(translation.subject)
+    customers = {tie.customer_id for tie in translation.ties}
+    if translation.customer_id is not None:
+        customers.add(translation.customer_id)
+    customers |= {key.removeprefix("cus:") for key in keys if key.startswith("cus:")}
+    return store_state.Parties(
+        subjects=frozenset(SubjectId(event.account, event.livemode, key) for key in keys),
+        customers=frozenset(CustomerId(event.account, event.livemode, customer) for customer in customers),
+        users=frozenset(
+            named_users(about.fact for about in translation.facts) | {tie.user_id for tie in translation.ties}
+        ),
+    )
+
+
+def party_names(parties: store_state.Parties) -> list[Hashable]:
+    """The names by which events are seen to concern each other."""
+    return [*parties.subjects, *map(customer_name, parties.customers), *parties.users]
+
+
+def _subjects(state: State, parties: store_state.Parties) -> set[SubjectId]:
+    return {*parties.subjects, *state.sources, *state.parents, *state.facts}
+
+
+def _concerns(decision: Decision, waiting: set[SubjectId]) -> bool:
+    """Whether something that waits may wait for this decision."""
+    targets: list[Attribution | Waiting] = [*decision.attributions, *decision.waiting]
+    return bool(waiting) and any(name in waiting for each in targets for name in _targets(each))
+
+
+def _targets(each: Attribution | Waiting) -> Iterable[SubjectId]:
+    if isinstance(each, Attribution) and each.customer is not None:
+        return (customer_name(each.customer),)
+    return each.subjects
+
+
+def _waits(event: Event, decision: Decision) -> set[SubjectId]:
+    """The names under which something of a decision will be looked for later."""
+    names: set[SubjectId] = set()
+    if decision.status is Status.PARKED:
+        names |= {decision.subject} if decision.subject else set()
+        names |= {customer_name(decision.customer)} if decision.customer else set()
+    for payment in decision.payments:
+        if payment.subject is not None and (payment.user_id is None or payment.plan_code is None):
+            names.add(payment.subject)
+        customer_id = payment.fact.customer_id
+        if customer_id is not None and payment.user_id is None:
+            names.add(customer_name(CustomerId(event.account, event.livemode, customer_id)))
+    return names
+
+
+def _alert(notice: Notice) -> NewMessage:
+    return owner_alert(
+        notice.text,
+        key=notice.key,
+        # Hashed, because a key may be longer than the column.
+        dedupe_key=hashlib.sha256(notice.key.encode()).hexdigest(),
+    )
+
+
+def _ledger_line(payment: Payment, event: Event, now: datetime) -> PaymentEvent:
+    fact = payment.fact
+    return PaymentEvent(
+        id=new_id(),
+        stripe_event_id=event.id,
+        user_id=payment.user_id,
+        event_type=fact.event_type,
+        plan_code=payment.plan_code,
+        customer_id=fact.customer_id,
+        invoice_id=fact.invoice_id,
+        subscription_id=fact.subscription_id,
+        amount=fact.amount,
+        currency=fact.currency,
+        settled=fact.settled,
+        metadata=fact.metadata,
+        account=event.account,
+        livemode=event.livemode,
+        effect_key=fact.effect_key,
+        subject_key=payment.subject.key if payment.subject else None,
+        occurred_at=event.occurred_at,
+        created_at=now,
+    )
+
+
+def _entitlement_audit(change: EntitlementChange, event: Event, actor: str, now: datetime) -> AuditLog:
+    after, before = change.after, change.before
+    return AuditLog(
+        id=new_id(),
+        user_id=after.user_id,
+        action=f"entitlement.{change.kind.value}",
+        resource_type="entitlement",
+        resource_id=after.user_id,
+        details={
+            "plan_code": after.plan_code,
+            "plan_code_before": before.plan_code if before else None,
+            "status": after.status,
+            "entitlements": dict(after.features),
+            "valid_until": after.valid_until.isoformat() if after.valid_until else None,
+            "version": after.version,
+            _cause_key(event): event.id,
+        },
+        actor=actor,
+        created_at=now,
+    )
+
+
+def _payment_audit(action: str, line: PaymentEvent, actor: str, now: datetime) -> AuditLog:
+    details: Mapping[str, Any] = {
+        "event_type": line.event_type,
+        "plan_code": line.plan_code,
+        "amount": line.amount,
+        "currency": line.currency,
+        "settled": line.settled,
+        "effect_key": line.effect_key,
+        "stripe_event_id": line.stripe_event_id,
+    }
+    return AuditLog(
+        id=new_id(),
+        user_id=line.user_id,
+        action=action,
+        resource_type="payment",
+        resource_id=line.id,
+        details=details,
+        actor=actor,
+        created_at=now,
+    )
+
+
+def _cause_key(event: Event) -> str:
+    """What an audit row's details call the cause's id: a person's action is no event of Stripe's."""
+    return "action_id" if event.id.startswith(ACTION_ID_PREFIX) else "stripe_event_id"

@@ -1,0 +1,313 @@
+"""The tables as the shell would have written them, in memory: events and people's words in, rows out.
+
+    replay = Replay(catalog)
+    for happening in happenings: replay.add(happening)
+    replay.tables, replay.state
+
+It decides with the shell's own `decide`, and keeps of each decision what the shell's statements keep.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from backend.app.billing import store_rebuild as rows
+from backend.app.billing import store_state
+from backend.app.billing.domain.access import named_users
+from backend.app.billing.domain.catalog import Catalog
+from backend.app.billing.domain.decide import NO_USER, Attribution, Decision, Status, Waiting, decide
+from backend.app.billing.domain.facts import (
+    About,
+    ClaimFact,
+    CustomerId,
+    Event,
+    Fact,
+    GrantFact,
+    SubjectId,
+    Tie,
+    Translation,
+    Via,
+)
+from backend.app.billing.domain.state import State
+from backend.app.billing.party_index import Node, NodeKind, user_node
+from backend.app.billing.providers.fields import TranslationError
+from backend.app.billing.providers.stripe import customer_named, translate
+from backend.app.billing.providers.stripe_event import StripeEvent, read_event
+from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
+from backend.app.billing.strict_json import parse_event_json
+
+_FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Happening:
+    """One thing that was decided and what it asserts: a stored event, or a person's word.
+
+    `is_of_party` is False for what only bears on a party from outside, and whose own rows are another's.
+    """
+
+    event: Event
+    asserts: Translation | Decision
+    received_at: datetime
+    is_stored_event: bool
+    is_of_party: bool = True
+
+
+def happening_of_event(stored: StoredEvent, *, livemode: bool, is_of_party: bool = True) -> Happening:
+    """A stored event as it was decided by a deployment of one mode: it was read before, so it can be read again."""
+    # A missing `created` was replaced by the time of the signature, which only the row remembers.
+    parsed = read_event(parse_event_json(stored.payload), signed_at=stored.occurred_at)
+    return Happening(
+        event=parsed.envelope,
+        asserts=_translated(parsed, livemode=livemode),
+        received_at=stored.received_at,
+        is_stored_event=True,
+        is_of_party=is_of_party,
+    )
+
+
+def happening_of_manual_fact(row: Row) -> Happening:
+    """A person's grant, its removal or a claim."""
+    fact = _FACT.validate_python(row["body"])
+    assert isinstance(fact, GrantFact | ClaimFact), "other kinds come from events"
+    return Happening(
+        event=_word(row, fact.event_id, fact.event_type, fact.as_of),
+        asserts=Translation(subject=row["subject_key"], facts=(About(key=row["subject_key"], fact=fact),)),
+        received_at=fact.as_of,
+        is_stored_event=False,
+    )
+
+
+def happening_of_own_tie(row: Row) -> Happening:
+    """Our own side's word that a customer is a user."""
+    tie = Tie(
+        customer_id=row["customer_id"],
+        user_id=row["user_id"],
+        via=Via(row["via"]),
+        occurred_at=row["occurred_at"],
+        event_id=row["event_id"],
+    )
+    return Happening(
+        event=_word(row, tie.event_id, "tie", tie.occurred_at),
+        asserts=Translation(ties=(tie,), customer_id=tie.customer_id),
+        received_at=tie.occurred_at,
+        is_stored_event=False,
+    )
+
+
+def nodes_named_by(happening: Happening) -> set[Node]:
+    """All that hangs together by a happening: what it names, and the ledger lines that it makes."""
+    asserts = happening.asserts
+    if isinstance(asserts, Decision):
+        return set()
+    scope = (happening.event.account, happening.event.livemode)
+    keys = {about.key for about in asserts.facts}
+    keys |= {key for link in asserts.links for key in (link.child, link.parent)}
+    keys |= {asserts.subject} if asserts.subject is not None else set()
+    named = {
+        asserts.customer_id,
+        *(tie.customer_id for tie in asserts.ties),
+        *(getattr(about.fact, "customer_id", None) for about in asserts.facts),
+        *(key.removeprefix("cus:") for key in keys if key.startswith("cus:")),
+    }
+    customers = {customer for customer in named if customer is not None}
+    # The customer's own subject too: what is said of it bears on all that rests on it.
+    keys |= {f"cus:{customer}" for customer in customers}
+    users = named_users(about.fact for about in asserts.facts) | {tie.user_id for tie in asserts.ties}
+    nodes = {Node(NodeKind.SUBJECT, *scope, key) for key in keys}
+    nodes |= {Node(NodeKind.CUSTOMER, *scope, customer) for customer in customers}
+    nodes |= {Node(NodeKind.MONEY, *scope, fact.effect_key) for fact in asserts.payments}
+    nodes |= {user_node(user) for user in users}
+    return nodes
+
+
+class Replay:
+    """What follows from happenings, given in the order in which they were decided."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self.state = State()
+        self.tables: dict[str, dict[Key, Row]] = {derived.table.name: {} for derived in rows.REPLAYED}
+        # The rows of `tables` that later decisions look for, so that a long history costs no more per event.
+        self._lines_about: defaultdict[SubjectId, list[Row]] = defaultdict(list)
+        self._lines_of: defaultdict[CustomerId, list[Row]] = defaultdict(list)
+        self._parked_about: defaultdict[SubjectId, list[Row]] = defaultdict(list)
+        self._parked_of: defaultdict[CustomerId, list[Row]] = defaultdict(list)
+
+    def add(self, happening: Happening) -> None:
+        """Decides on one event as the shell does and keeps every consequence."""
+        if isinstance(happening.asserts, Decision):
+            self._save_event(happening.event, happening.asserts)
+            return
+        self.state, decision = decide(
+            self._catalog, self.state, happening.event, happening.asserts, now=happening.received_at
+        )
+        self.state = _within_window(self.state, [subject for subject, _ in decision.facts])
+        if not happening.is_of_party:
+            return
+        self._save_rows(decision)
+        self._save_payments(happening.event, decision)
+        self._attribute(decision)
+        if happening.is_stored_event:
+            self._save_event(happening.event, decision)
+
+    def _save_rows(self, decision: Decision) -> None:
+        for customer, tie in decision.ties:
+            if tie.via in rows.OWN_TIES:
+                continue
+            ties = self._table(rows.TIES)
+            key = (*customer, tie.user_id, int(tie.via))
+            known = ties.get(key)
+            if known is None or (tie.occurred_at, tie.event_id) < (known["occurred_at"], known["event_id"]):
+                ties[key] = {"occurred_at": tie.occurred_at, "event_id": tie.event_id}
+        for child, parent in decision.links:
+            self._table(rows.LINKS)[*child, parent.key] = {}
+        for subject, fact in decision.facts:
+            if fact.kind not in rows.MANUAL_KINDS:
+                self._table(rows.FACTS).setdefault(
+                    (*subject, fact.kind, fact.as_of, fact.event_id),
+                    {"body": _FACT.dump_python(fact, mode="json")},
+                )
+        for source, owned in decision.sources:
+            if source.kind != "grant":
+                self._table(rows.SOURCES)[tuple(source)] = {
+                    "customer_id": owned.customer_id,
+                    "user_id": owned.user_id,
+                }
+
+    def _save_payments(self, event: Event, decision: Decision) -> None:
+        lines = self._table(rows.PAYMENTS)
+        for payment in decision.payments:
+            fact = payment.fact
+            key = (event.account, event.livemode, fact.effect_key)
+            if key in lines:
+                continue
+            line = lines[key] = {
+                "stripe_event_id": event.id,
+                "user_id": payment.user_id,
+                "event_type": fact.event_type,
+                "plan_code": payment.plan_code,
+                "customer_id": fact.customer_id,
+                "invoice_id": fact.invoice_id,
+                "subscription_id": fact.subscription_id,
+                "amount": fact.amount,
+                "currency": fact.currency,
+                "settled": fact.settled,
+                "metadata": dict(fact.metadata),
+                "subject_key": payment.subject.key if payment.subject else None,
+                "occurred_at": event.occurred_at,
+            }
+            if payment.subject is not None:
+                self._lines_about[payment.subject].append(line)
+            if fact.customer_id is not None:
+                customer = CustomerId(event.account, event.livemode, fact.customer_id)
+                self._lines_of[customer].append(line)
+
+    def _save_event(self, event: Event, decision: Decision) -> None:
+        key = (event.account, event.livemode, event.id)
+        self._table(rows.CLAIMS)[key] = {}
+        row = self._table(rows.EVENTS)[key] = {
+            "event_type": event.type,
+            "api_version": event.api_version,
+            "occurred_at": event.occurred_at,
+            "status": decision.status.value,
+            "reason": decision.reason,
+            "user_id": decision.user_id,
+            "plan_code": decision.plan_code,
+            "customer_id": decision.customer.id if decision.customer else None,
+            "subject_key": decision.subject.key if decision.subject else None,
+        }
+        # What can't be read waits for a newer Tollkeeper, not for a user; it has neither of the two.
+        if decision.status is Status.PARKED and decision.subject is not None:
+            self._parked_about[decision.subject].append(row)
+        if decision.status is Status.PARKED and decision.customer is not None:
+            self._parked_of[decision.customer].append(row)
+
+    def _attribute(self, decision: Decision) -> None:
+        """Gives what had waited for a user to that user, as the shell's statements do."""
+        for attribution in decision.attributions:
+            self._attribute_payments(attribution)
+        for waiting in decision.waiting:
+            self._name_plans(waiting)
+            self._settle(waiting)
+        for attribution in decision.attributions:
+            self._settle_customer(attribution)
+
+    def _attribute_payments(self, attribution: Attribution) -> None:
+        lines = (
+            [self._lines_of.get(attribution.customer, [])]
+            if attribution.customer is not None
+            else [self._lines_about.get(subject, []) for subject in attribution.subjects]
+        )
+        for line in (line for found in lines for line in found):
+            line["user_id"] = line["user_id"] or attribution.user_id
+
+    def _name_plans(self, waiting: Waiting) -> None:
+        for subject in waiting.subjects:
+            for line in self._lines_about.get(subject, []):
+                line["plan_code"] = line["plan_code"] or waiting.plan_code
+
+    def _settle(self, waiting: Waiting) -> None:
+        for subject in waiting.subjects:
+            for row in self._parked_about.get(subject, []):
+                if row["status"] == Status.PARKED.value:
+                    row["status"] = (Status.SUCCESS if waiting.reason is None else Status.PARKED).value
+                    row["reason"] = waiting.reason
+                    row["user_id"] = waiting.user_id
+                    row["plan_code"] = waiting.plan_code or row["plan_code"]
+
+    def _settle_customer(self, attribution: Attribution) -> None:
+        if attribution.customer is None:
+            return
+        for row in self._parked_of.get(attribution.customer, []):
+            if row["status"] == Status.PARKED.value and row["reason"] == NO_USER:
+                row.update(status=Status.SUCCESS.value, reason=None, user_id=attribution.user_id)
+
+    def _table(self, derived: DerivedTable) -> dict[Key, Row]:
+        return self.tables[derived.table.name]
+
+
+def _translated(event: StripeEvent, *, livemode: bool) -> Translation | Decision:
+    """What an event asserts, or the decision on one that asserts nothing that could be applied."""
+    if event.envelope.livemode != livemode:
+        return Decision(status=Status.IGNORED, reason="other_livemode")
+    try:
+        translation = translate(event)
+    except TranslationError as error:
+        return Decision(status=Status.PARKED, reason=f"unreadable:{error}", customer=customer_named(event))
+    if translation is None:
+        return Decision(status=Status.IGNORED, reason="not_handled", customer=customer_named(event))
+    return translation
+
+
+def _within_window(state: State, subjects: Iterable[SubjectId]) -> State:
+    """The state as it would be loaded again: of each kind of fact of a subject only the newest."""
+    changed: dict[SubjectId, tuple[Fact, ...]] = {}
+    for subject in subjects:
+        known = state.facts[subject]
+        if len(known) <= store_state.FACTS_PER_SUBJECT_MAX:
+            continue
+        kept: defaultdict[str, list[Fact]] = defaultdict(list)
+        for fact in sorted(known, key=lambda fact: (fact.as_of, fact.event_id)):
+            kept[fact.kind].append(fact)
+        changed[subject] = tuple(
+            fact for group in kept.values() for fact in group[-store_state.FACTS_PER_SUBJECT_MAX :]
+        )
+    return replace(state, facts={**state.facts, **changed}) if changed else state
+
+
+def _word(row: Row, event_id: str, event_type: str, at: datetime) -> Event:
+    return Event(
+        account=row["account"],
+        livemode=row["livemode"],
+        id=event_id,
+        type=event_type,
+        api_version=None,
+        occurred_at=at,
+    )

@@ -1,0 +1,395 @@
+"""What decisions look at, read and locked for any number of events at once: five statements, however many.
+
+Names travel as one JSON parameter, so a statement's text is always the same and stays prepared.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from pydantic import Field, TypeAdapter
+
+from backend.app.billing.domain.facts import CustomerId, Fact, SubjectId, Tie, Via
+from backend.app.billing.domain.merge import Entitlement
+from backend.app.billing.domain.state import Owned, State
+from backend.app.core.database import Json, Tx, UtcDateTime
+from backend.app.core.errors import StoreUnavailable
+
+# A decision looks at the newest facts of each kind of a subject only, so that its cost does not grow with
+# history. A subscription past due through more snapshots than this would seem past due a little shorter.
+FACTS_PER_SUBJECT_MAX = 64
+
+# Whom an event concerns grows only while others commit at the same moment; each round waits for them.
+LOCK_ROUNDS_MAX = 5
+
+FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parties:
+    """Whom some subjects and customers concern: what has to be locked before a decision about them."""
+
+    subjects: frozenset[SubjectId]
+    customers: frozenset[CustomerId]
+    users: frozenset[str]
+
+    @property
+    def names(self) -> set[str]:
+        """The names to lock."""
+        return {
+            *(f"{account}/{livemode}/{key}" for account, livemode, key in self.subjects),
+            *(f"{account}/{livemode}/cus:{key}" for account, livemode, key in self.customers),
+            *(f"user/{user_id}" for user_id in self.users),
+        }
+
+    @classmethod
+    def together(cls, parties: Iterable[Parties]) -> Parties:
+        """All of several."""
+        each = list(parties)
+        return cls(
+            subjects=frozenset().union(*(one.subjects for one in each)),
+            customers=frozenset().union(*(one.customers for one in each)),
+            users=frozenset().union(*(one.users for one in each)),
+        )
+
+
+async def lock_parties(tx: Tx, named: Parties) -> Parties:
+    """All that the named parties concern, held until the transaction ends, so that decisions do not interleave.
+
+    Locks are taken all at once in the order of their numbers, so two transactions can't wait for each
+    other. Whom an event concerns is only known by reading, so it is read again under the locks; where
+    more turned up meanwhile, the locks are given back and taken anew. On SQLite the one writer is lock
+    enough.
+
+    Raises:
+        StoreUnavailable: the parties kept growing; the delivery will come again.
+    """
+    parties = await load_parties(tx, named)
+    if tx.dialect.name != "postgresql":
+        return parties
+    for _ in range(LOCK_ROUNDS_MAX):
+        await tx.execute(_SAVEPOINT)
+        await lock_names(tx, parties.names)
+        seen = await load_parties(tx, named)
+        if seen.names <= parties.names:
+            return seen
+        await tx.execute(_ROLLBACK)
+        parties = seen
+    raise StoreUnavailable
+
+
+_SAVEPOINT = sa.text("SAVEPOINT before_locks")
+_ROLLBACK = sa.text("ROLLBACK TO SAVEPOINT before_locks")
+_LOCK = sa.text("SELECT count(pg_advisory_xact_lock(number)) FROM unnest(CAST(:numbers AS bigint[])) number")
+
+
+async def lock_names(tx: Tx, names: Collection[str]) -> None:
+    """Holds names until the transaction ends, in the order of their numbers; on SQLite the one writer is lock enough."""
+    if tx.dialect.name != "postgresql":
+        return
+    numbers = sorted({_lock_number(name) for name in names})
+    if numbers:
+        await tx.execute(_LOCK, {"numbers": numbers})
+
+
+def _lock_number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+
+
+async def load_parties(tx: Tx, named: Parties) -> Parties:
+    """The named subjects with all that they bear on, the customers behind them, and the users of both."""
+    subjects, customers, users = set(named.subjects), set(named.customers), set(named.users)
+    found = await tx.execute(
+        _statement(tx, "parties"), {"subjects": _keys(subjects), "customers": _keys(customers)}
+    )
+    for kind, account, livemode, name in found:
+        if kind == "subject":
+            subjects.add(SubjectId(account, bool(livemode), name))
+        elif kind == "customer":
+            customers.add(CustomerId(account, bool(livemode), name))
+        else:
+            users.add(name)
+    return Parties(subjects=frozenset(subjects), customers=frozenset(customers), users=frozenset(users))
+
+
+async def load_state(tx: Tx, parties: Parties) -> State:
+    """The state that decisions about these parties need: all sources of their users and customers, with facts."""
+    state = await _load_sources(tx, parties, until=None)
+    customers = {
+        CustomerId(source_id.account, source_id.livemode, owned.customer_id)
+        for source_id, owned in state.sources.items()
+        if owned.customer_id is not None
+    } | parties.customers
+    return replace(
+        state,
+        ties=await load_ties(tx, customers),
+        entitlements=await load_entitlements(tx, parties.users),
+    )
+
+
+async def load_waiting(
+    tx: Tx, subjects: Collection[SubjectId], customers: Collection[CustomerId]
+) -> set[SubjectId]:
+    """Those of the names, customers as subjects, for which an event is parked or a ledger line lacks its user or plan."""
+    found = await tx.execute(
+        _statement(tx, "waiting"), {"subjects": _keys(subjects), "customers": _keys(customers)}
+    )
+    return {SubjectId(account, bool(livemode), key) for account, livemode, key in found}
+
+
+async def load_state_of_users(tx: Tx, users: Collection[str], *, until: datetime | None = None) -> State:
+    """The sources of some users with all that bears on them, as far as it had occurred at an instant."""
+    parties = Parties(subjects=frozenset(), customers=frozenset(), users=frozenset(users))
+    return await _load_sources(tx, parties, until=until)
+
+
+async def load_ties(tx: Tx, customers: Collection[CustomerId]) -> dict[CustomerId, frozenset[Tie]]:
+    """All claims on some customers."""
+    ties: dict[CustomerId, frozenset[Tie]] = {}
+    if not customers:
+        return ties
+    for row in await tx.execute(_statement(tx, "ties"), {"customers": _keys(customers)}):
+        customer = CustomerId(row.account, row.livemode, row.customer_id)
+        tie = Tie(
+            customer_id=row.customer_id,
+            user_id=row.user_id,
+            via=Via(row.via),
+            occurred_at=row.occurred_at,
+            event_id=row.event_id,
+        )
+        ties[customer] = ties.get(customer, frozenset()) | {tie}
+    return ties
+
+
+async def load_entitlements(tx: Tx, users: Collection[str]) -> dict[str, Entitlement]:
+    """What some users have, as it was last written; nothing about users of whom nothing was heard."""
+    if not users:
+        return {}
+    found = await tx.execute(_statement(tx, "entitlements"), {"users": json.dumps(sorted(users))})
+    return {
+        row.user_id: Entitlement(
+            user_id=row.user_id,
+            plan_code=row.plan_code,
+            status=row.status,
+            features=row.entitlements,
+            valid_until=row.valid_until,
+            activated_at=row.activated_at,
+            version=row.version,
+        )
+        for row in found
+    }
+
+
+async def _load_sources(tx: Tx, parties: Parties, *, until: datetime | None) -> State:
+    sources: dict[SubjectId, Owned] = {}
+    # Of a customer without a source, too, it is known whether it was deleted.
+    seeds = {
+        *parties.subjects,
+        *(SubjectId(account, livemode, f"cus:{key}") for account, livemode, key in parties.customers),
+    }
+    found = await tx.execute(
+        _statement(tx, "sources"),
+        {
+            "subjects": _keys(parties.subjects),
+            "customers": _keys(parties.customers),
+            "users": json.dumps(sorted(parties.users)),
+        },
+    )
+    for account, livemode, key, customer_id, user_id in found:
+        source = SubjectId(account, bool(livemode), key)
+        sources[source] = Owned(customer_id=customer_id, user_id=user_id)
+        seeds.add(source)
+        if customer_id is not None:
+            seeds.add(SubjectId(account, bool(livemode), f"cus:{customer_id}"))
+    seeds |= {
+        SubjectId(account, livemode, f"acct:{account}")
+        for account, livemode, _ in (*parties.subjects, *sources)
+        if account
+    }
+    if not seeds:
+        return State(sources=sources)
+    parents: dict[SubjectId, frozenset[SubjectId]] = {}
+    below = set(seeds)
+    for account, livemode, child_key, parent_key in await tx.execute(
+        _statement(tx, "links"), {"subjects": _keys(seeds)}
+    ):
+        child = SubjectId(account, bool(livemode), child_key)
+        below.add(child)
+        parents[child] = parents.get(child, frozenset()) | {SubjectId(account, bool(livemode), parent_key)}
+    facts: dict[SubjectId, tuple[Fact, ...]] = {}
+    for account, livemode, key, body in await tx.execute(
+        _statement(tx, "facts" if until is None else "facts_until"),
+        {"subjects": _keys(below), "newest": FACTS_PER_SUBJECT_MAX}
+        | ({} if until is None else {"until": until}),
+    ):
+        subject = SubjectId(account, bool(livemode), key)
+        facts[subject] = (*facts.get(subject, ()), FACT.validate_json(body))
+    return State(sources=sources, parents=parents, facts=facts)
+
+
+def _keys(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
+    return json.dumps(sorted(names))
+
+
+# Each gives one row a name; `{keys:x}` stands for the JSON parameter x as rows (account, livemode, key),
+# `{texts:x}` for one as rows (text).
+_SQL = {
+    "parties": """
+        WITH RECURSIVE reached(account, livemode, key) AS (
+            SELECT account, livemode, key FROM {keys:subjects} named
+            UNION
+            SELECT links.account, links.livemode, links.parent
+            FROM reached JOIN links ON links.account = reached.account
+                AND links.livemode = reached.livemode AND links.child = reached.key
+        ), customers AS (
+            SELECT account, livemode, key FROM {keys:customers} named
+            UNION
+            -- What bears on a customer, as a test clock does, concerns all that is the customer's.
+            SELECT account, livemode, substr(key, 5) FROM reached WHERE key LIKE 'cus:%'
+        ), owned AS (
+            SELECT sources.account, sources.livemode, sources.customer_id, sources.user_id
+            FROM reached JOIN sources ON sources.account = reached.account
+                AND sources.livemode = reached.livemode AND sources.source_key = reached.key
+            UNION
+            SELECT sources.account, sources.livemode, sources.customer_id, sources.user_id
+            FROM customers JOIN sources ON sources.account = customers.account
+                AND sources.livemode = customers.livemode AND sources.customer_id = customers.key
+        ), concerned AS (
+            SELECT account, livemode, key FROM customers
+            UNION
+            SELECT account, livemode, customer_id FROM owned WHERE customer_id IS NOT NULL
+        )
+        SELECT 'subject', account, livemode, key FROM reached
+        UNION ALL SELECT 'customer', account, livemode, key FROM concerned
+        UNION ALL SELECT 'user', account, livemode, user_id FROM owned WHERE user_id IS NOT NULL
+        UNION ALL SELECT 'user', ties.account, ties.livemode, ties.user_id
+            FROM concerned JOIN customer_ties ties ON ties.account = concerned.account
+                AND ties.livemode = concerned.livemode AND ties.customer_id = concerned.key
+        """,
+    "sources": """
+        SELECT sources.account, sources.livemode, source_key, customer_id, user_id
+            FROM {keys:subjects} named JOIN sources ON sources.account = named.account
+                AND sources.livemode = named.livemode AND source_key = named.key
+        UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
+            FROM {keys:customers} named JOIN sources ON sources.account = named.account
+                AND sources.livemode = named.livemode AND customer_id = named.key
+        UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
+            FROM {texts:users} named JOIN sources ON user_id = named.text
+        """,
+    "links": """
+        WITH RECURSIVE reached(account, livemode, key) AS (
+            SELECT account, livemode, key FROM {keys:subjects} named
+            UNION
+            SELECT links.account, links.livemode, links.child
+            FROM reached JOIN links ON links.account = reached.account
+                AND links.livemode = reached.livemode AND links.parent = reached.key
+        )
+        SELECT links.account, links.livemode, child, parent
+        FROM reached JOIN links ON links.account = reached.account
+            AND links.livemode = reached.livemode AND links.child = reached.key
+        """,
+    # Each kind by itself: a subscription's many snapshots must not push its one checkout out, which may
+    # name the user and the plan.
+    "facts": """
+        SELECT account, livemode, subject_key, CAST(body AS text) FROM (
+            SELECT facts.account, facts.livemode, subject_key, body, row_number() OVER (
+                PARTITION BY facts.account, facts.livemode, subject_key, kind
+                ORDER BY as_of DESC, event_id DESC
+            ) AS place
+            FROM {keys:subjects} named JOIN facts ON facts.account = named.account
+                AND facts.livemode = named.livemode AND subject_key = named.key
+            WHERE {until}
+        ) newest WHERE place <= :newest
+        """,
+    "waiting": """
+        SELECT named.account, named.livemode, named.key
+            FROM {keys:subjects} named JOIN webhook_events waits ON waits.account = named.account
+                AND waits.livemode = named.livemode AND waits.subject_key = named.key
+                AND waits.status = 'parked'
+        UNION SELECT named.account, named.livemode, 'cus:' || named.key
+            FROM {keys:customers} named JOIN webhook_events waits ON waits.account = named.account
+                AND waits.livemode = named.livemode AND waits.customer_id = named.key
+                AND waits.status = 'parked'
+        UNION SELECT named.account, named.livemode, named.key
+            FROM {keys:subjects} named JOIN payment_events waits ON waits.account = named.account
+                AND waits.livemode = named.livemode AND waits.subject_key = named.key
+                AND waits.user_id IS NULL
+        UNION SELECT named.account, named.livemode, named.key
+            FROM {keys:subjects} named JOIN payment_events waits ON waits.account = named.account
+                AND waits.livemode = named.livemode AND waits.subject_key = named.key
+                AND waits.plan_code IS NULL
+        UNION SELECT named.account, named.livemode, 'cus:' || named.key
+            FROM {keys:customers} named JOIN payment_events waits ON waits.account = named.account
+                AND waits.livemode = named.livemode AND waits.customer_id = named.key
+                AND waits.user_id IS NULL
+        """,
+    "ties": """
+        SELECT ties.account, ties.livemode, customer_id, user_id, via, occurred_at, event_id
+        FROM {keys:customers} named JOIN customer_ties ties ON ties.account = named.account
+            AND ties.livemode = named.livemode AND customer_id = named.key
+        """,
+    "entitlements": """
+        SELECT user_id, plan_code, entitlements, status, activated_at, valid_until, version
+        FROM {texts:users} named JOIN user_entitlements ON user_id = named.text
+        """,
+}
+_SQL["facts_until"] = _SQL["facts"].replace("{until}", "as_of <= :until")
+_SQL["facts"] = _SQL["facts"].replace("{until}", "true")
+
+_COLUMNS: dict[str, Any] = {
+    "livemode": sa.Boolean(),
+    "occurred_at": UtcDateTime(),
+    "activated_at": UtcDateTime(),
+    "valid_until": UtcDateTime(),
+    "entitlements": Json,
+}
+_TYPED = {
+    "ties": ("account", "livemode", "customer_id", "user_id", "via", "occurred_at", "event_id"),
+    "entitlements": (
+        "user_id",
+        "plan_code",
+        "entitlements",
+        "status",
+        "activated_at",
+        "valid_until",
+        "version",
+    ),
+}
+_ROWS = {
+    "postgresql": {
+        "keys": "(SELECT e->>0 AS account, (e->>1)::boolean AS livemode, e->>2 AS key"
+        " FROM jsonb_array_elements(CAST(:{} AS jsonb)) e)",
+        "texts": "(SELECT e AS text FROM jsonb_array_elements_text(CAST(:{} AS jsonb)) e)",
+    },
+    "sqlite": {
+        "keys": "(SELECT json_extract(value, '$[0]') AS account, json_extract(value, '$[1]') AS livemode,"
+        " json_extract(value, '$[2]') AS key FROM json_each(:{}))",
+        "texts": "(SELECT value AS text FROM json_each(:{}))",
+    },
+}
+
+
+def _statement(tx: Tx, name: str) -> Any:
+    return _built(tx.dialect.name, name)
+
+
+@functools.cache
+def _built(dialect: str, name: str) -> Any:
+    sql = _SQL[name]
+    for parameter in ("subjects", "customers", "users"):
+        for form, rows in _ROWS[dialect].items():
+            sql = sql.replace(f"{{{form}:{parameter}}}", rows.format(parameter))
+    # A colon of PostgreSQL's cast is not the start of a parameter.
+    statement = sa.text(sql.replace("::", "\\:\\:"))
+    if ":until" in sql:
+        statement = statement.bindparams(sa.bindparam("until", type_=UtcDateTime()))
+    if name not in _TYPED:
+        return statement
+    return statement.columns(*(sa.column(column, _COLUMNS.get(column)) for column in _TYPED[name]))

@@ -1,0 +1,192 @@
+"""Many rows in one statement: what a batch writes costs the same number of statements as what one event writes.
+
+    await insert_rows(tx, facts, rows, "ON CONFLICT DO NOTHING")
+    new = await insert_new(tx, payment_events, rows, key=("account", "livemode", "effect_key"))
+
+On PostgreSQL the columns travel as arrays, one parameter each, so the statement's text is always the same
+and stays prepared; SQLite runs its own prepared statement row by row inside the library.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from backend.app.core.database import Tx, UtcDateTime
+
+Row = Mapping[str, Any]
+
+_POSTGRESQL_TYPES: tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...] = (
+    (UtcDateTime, "timestamptz"),
+    (sa.Boolean, "boolean"),
+    # BigInteger is an Integer to SQLAlchemy; the wider one holds both.
+    (sa.Integer, "bigint"),
+    (sa.LargeBinary, "bytea"),
+    (sa.JSON, "text"),
+    (sa.Text, "text"),
+    (sa.String, "text"),
+)
+
+
+async def insert_rows(
+    tx: Tx,
+    table: sa.Table,
+    rows: Sequence[Row],
+    on_conflict: str = "",
+    *,
+    computed: tuple[tuple[str, str], ...] = (),
+) -> None:
+    """Inserts rows that all have the same columns; `on_conflict` is the clause as both databases know it.
+
+    A row must not meet another one of the same call in a `DO UPDATE`. `computed` columns are written as an
+    SQL expression, in which `{}` stands for the value that the rows give.
+    """
+    if not rows:
+        return
+    columns = tuple(rows[0])
+    if tx.dialect.name == "postgresql":
+        sql = _postgresql_insert(table, columns, on_conflict, computed)
+        await tx.exec_driver_sql(sql, _arrays(table, columns, rows))
+    else:
+        sql = _sqlite_insert(table, columns, on_conflict, computed)
+        writers = [_sqlite_writer(table, column) for column in columns]
+        await tx.exec_driver_sql(
+            sql,
+            [
+                tuple(write(row[column]) for write, column in zip(writers, columns, strict=True))
+                for row in rows
+            ],
+        )
+
+
+async def insert_new(
+    tx: Tx, table: sa.Table, rows: Sequence[Row], *, key: tuple[str, ...]
+) -> set[tuple[Any, ...]]:
+    """Inserts the rows whose key is not there yet; the keys that were new.
+
+    Waits for a transaction that is just inserting one of them. Of rows with the same key the first is taken.
+    """
+    if not rows:
+        return set()
+    columns = tuple(rows[0])
+    unique: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        unique.setdefault(tuple(row[name] for name in key), row)
+    # In the order of the keys, so that two batches never wait for each other.
+    ordered = [unique[name] for name in sorted(unique)]
+    end = f"ON CONFLICT ({', '.join(key)}) DO NOTHING RETURNING {', '.join(key)}"
+    parameters: tuple[Any, ...]
+    if tx.dialect.name == "postgresql":
+        sql = _postgresql_insert(table, columns, end, ())
+        parameters = _arrays(table, columns, ordered)
+    else:
+        # Rows as JSON, because the driver gives nothing back from a statement that it repeats.
+        sql = _sqlite_insert_from_json(table, columns, end)
+        writers = [_sqlite_writer(table, column) for column in columns]
+        parameters = (
+            json.dumps(
+                [
+                    [write(row[column]) for write, column in zip(writers, columns, strict=True)]
+                    for row in ordered
+                ]
+            ),
+        )
+    result = await tx.exec_driver_sql(sql, parameters)
+    booleans = [isinstance(table.c[name].type, sa.Boolean) for name in key]
+    return {
+        tuple(bool(value) if is_boolean else value for value, is_boolean in zip(row, booleans, strict=True))
+        for row in result
+    }
+
+
+def _arrays(table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]) -> tuple[list[Any], ...]:
+    return tuple(
+        [_json_text(row[column]) for row in rows]
+        if isinstance(table.c[column].type, sa.JSON)
+        else [row[column] for row in rows]
+        for column in columns
+    )
+
+
+@functools.cache
+def _postgresql_insert(
+    table: sa.Table, columns: tuple[str, ...], end: str, computed: tuple[tuple[str, str], ...]
+) -> str:
+    expressions = dict(computed)
+    arrays = ", ".join(
+        f"${number}::{_postgresql_type(table.c[column])}[]" for number, column in enumerate(columns, start=1)
+    )
+    values = ", ".join(
+        expressions.get(column, "{}").format(f"r.{_quoted(column)}") + _postgresql_cast(table.c[column])
+        for column in columns
+    )
+    return (
+        f"INSERT INTO {table.name} ({_names(columns)}) SELECT {values}"  # noqa: S608  # names of our own tables
+        f" FROM unnest({arrays}) AS r({_names(columns)}) {end}"
+    )
+
+
+@functools.cache
+def _sqlite_insert(
+    table: sa.Table, columns: tuple[str, ...], end: str, computed: tuple[tuple[str, str], ...]
+) -> str:
+    expressions = dict(computed)
+    values = ", ".join(expressions.get(column, "{}").format("?") for column in columns)
+    return f"INSERT INTO {table.name} ({_names(columns)}) VALUES ({values}) {end}"  # noqa: S608  # as above
+
+
+@functools.cache
+def _sqlite_insert_from_json(table: sa.Table, columns: tuple[str, ...], end: str) -> str:
+    values = ", ".join(f"json_extract(value, '$[{number}]')" for number in range(len(columns)))
+    return f"INSERT INTO {table.name} ({_names(columns)}) SELECT {values} FROM json_each(?) WHERE true {end}"  # noqa: S608  # as above
+
+
+def _names(columns: Collection[str]) -> str:
+    return ", ".join(_quoted(column) for column in columns)
+
+
+def _quoted(column: str) -> str:
+    return f'"{column}"'
+
+
+def _postgresql_type(column: sa.Column[Any]) -> str:
+    return next(name for kind, name in _POSTGRESQL_TYPES if isinstance(column.type, kind))
+
+
+def _postgresql_cast(column: sa.Column[Any]) -> str:
+    if not isinstance(column.type, sa.JSON):
+        return ""
+    return "::jsonb" if "postgresql" in column.type._variant_mapping else "::json"  # noqa: SLF001  # how SQLAlchemy keeps it
+
+
+@functools.cache
+def _sqlite_writer(table: sa.Table, column: str) -> Callable[[Any], Any]:
+    kind = table.c[column].type
+    if isinstance(kind, UtcDateTime):
+        return _sqlite_instant
+    if isinstance(kind, sa.JSON):
+        return _json_text
+    return _sqlite_boolean if isinstance(kind, sa.Boolean) else _same
+
+
+def _sqlite_instant(value: datetime | None) -> str | None:
+    """As SQLAlchemy writes it, so that rows written either way sort and compare alike."""
+    return None if value is None else value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _sqlite_boolean(value: bool | None) -> int | None:
+    """SQLite keeps truth as 1 and 0."""
+    return None if value is None else int(value)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _json_text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, separators=(",", ":"))
