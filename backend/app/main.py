@@ -41,7 +41,7 @@ from backend.app.core.api_keys import ApiKeys, Principal, Scope
 from backend.app.core.clock import Clock, SystemClock
 from backend.app.core.database import Database
 from backend.app.core.errors import NotFound, StoreUnavailable, Unavailable, all_errors
-from backend.app.core.http import BodyLimit, RequestContext, install_problem_handlers
+from backend.app.core.http import Ahead, BodyLimit, RequestContext, install_problem_handlers
 from backend.app.core.idempotency import IdempotencyHandler, IdempotencyStore, RedisStore, SqlStore
 from backend.app.core.migrations import is_current
 from backend.app.core.settings import Settings
@@ -170,13 +170,19 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
     app.state.service = service
     app.state.idempotency_store = service.idempotency_store
     install_problem_handlers(app)
-    app.add_middleware(BodyLimit, body_bytes_max=service.settings.webhook_body_bytes_max)
-    # Added last, so it is outermost: refusals of the other middleware carry the request's id too.
+    body_bytes_max = service.settings.webhook_body_bytes_max
+    webhook = WebhookEndpoint(service.webhooks, service.clock)
+    app.add_middleware(BodyLimit, body_bytes_max=body_bytes_max)
+    # Added later, so it is further out: refusals of the other middleware carry the request's id too.
     app.add_middleware(RequestContext)
-
-    app.router.routes.append(
-        Route(WEBHOOK_PATH, endpoint=WebhookEndpoint(service.webhooks, service.clock), methods=["POST"])
+    app.add_middleware(
+        Ahead,
+        method="POST",
+        path=WEBHOOK_PATH,
+        endpoint=RequestContext(BodyLimit(webhook, body_bytes_max=body_bytes_max)),
     )
+    # Known to the framework too, so that other methods are 405.
+    app.router.routes.append(Route(WEBHOOK_PATH, endpoint=webhook, methods=["POST"]))
 
     async def needs_read_key(request: Request) -> Principal:
         principal = await service.api_keys.authenticate(request.headers.get("authorization"), Scope.READ)

@@ -51,6 +51,9 @@ DEADLINE_SECONDS = 8
 LANES = 3
 SQLITE_LANES = 1
 
+# A line each in the log at its usual level; the others would only repeat what the tables say.
+NOTEWORTHY_OUTCOMES = frozenset({"parked", "refused", "failed"})
+
 # One page of parked events is looked at between two short reads.
 PARKED_PAGE_EVENTS = 100
 
@@ -139,7 +142,9 @@ class BillingWebhooks:
         finally:
             duration_seconds = time.perf_counter() - started
             self._metrics.delivery_answered(outcome, duration_seconds)
-            log.info("webhook_answered", outcome=outcome, duration_ms=round(duration_seconds * 1000, 1))
+            # What went well has its rows, and one line for all that committed together.
+            write = log.info if outcome in NOTEWORTHY_OUTCOMES else log.debug
+            write("webhook_answered", outcome=outcome, duration_ms=round(duration_seconds * 1000, 1))
 
     async def rerun_parked(self) -> int:
         """Applies the parked events whose price or plan the catalog has by now; how many were run again."""
@@ -273,6 +278,7 @@ class BillingWebhooks:
 
     async def _commit(self, batch: Sequence[Genuine]) -> list[Answer]:
         """Claims the events and writes all that follows from them, or reads the answers of who claimed them before."""
+        started = time.perf_counter()
         effects = Effects()
         events = [genuine.event.envelope for genuine in batch]
         async with self._database.transaction() as tx:
@@ -287,6 +293,12 @@ class BillingWebhooks:
             lost = [event for event, is_mine in zip(events, won, strict=True) if not is_mine]
             stored = await store.stored_answers(tx, lost)
         self.count(effects)
+        log.info(
+            "webhooks_committed",
+            events=len(mine),
+            duplicates=len(lost),
+            duration_ms=round((time.perf_counter() - started) * 1000, 1),
+        )
         return [
             Answer(body=answers[event.key])
             if is_mine

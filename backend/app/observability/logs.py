@@ -192,7 +192,7 @@ def configure_logging(*, level: Level = "INFO") -> None:
         library.propagate = True
     # Below WARNING it logs the owner's channels and the answers of their servers.
     logging.getLogger("apprise").setLevel(max(logging.WARNING, root.level))
-    # Our own line about each delivery says more than the server's.
+    # Our own lines about deliveries say more than the server's.
     logging.getLogger("uvicorn.access").setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(capture=True)
     structlog.configure(
