@@ -7,15 +7,19 @@ import json
 from collections.abc import Sequence
 
 from backend.app.audit.models import AuditLog, audit_logs
-from backend.app.core.bulk import insert_rows
+from backend.app.core.bulk import Insert, insert_all
 from backend.app.core.clock import iso
 from backend.app.core.database import Tx
 
 
 async def append(tx: Tx, rows: Sequence[AuditLog]) -> None:
     """Adds rows to the open transaction; they are there if and only if it commits."""
-    await insert_rows(
-        tx,
+    await insert_all(tx, [insert_rows(rows)])
+
+
+def insert_rows(rows: Sequence[AuditLog]) -> Insert:
+    """What adds the rows, to go with the other rows of a transaction."""
+    return Insert(
         audit_logs,
         [
             {

@@ -37,11 +37,12 @@ from backend.app.billing.domain.state import State
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
 from backend.app.billing.reread import reread_message
+from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock
 from backend.app.core.database import Tx
 from backend.app.core.ids import new_id
 from backend.app.ops.alerts import owner_alert
-from backend.app.ops.outbox import NewMessage, stage_many
+from backend.app.ops.outbox import NewMessage, insert_messages
 
 
 @dataclass(slots=True)
@@ -76,8 +77,7 @@ class Applier:
 
     async def preview(self, tx: Tx, event: Event, translation: Translation) -> Decision:
         """What `apply` would decide now; nothing is written, and what it concerns stays locked."""
-        parties = await store_state.lock_parties(tx, named_parties(event, translation))
-        state = await store_state.load_state(tx, parties)
+        _, state = await store_state.load_locked(tx, named_parties(event, translation))
         return decide(self._catalog, state, event, translation, now=self._clock.now())[1]
 
     async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
@@ -100,8 +100,7 @@ class Applier:
         writes = _Writes(tx, effects, now)
         decisions: list[Decision] = []
         if known:
-            parties = await store_state.lock_parties(tx, store_state.Parties.together(known))
-            state = await store_state.load_state(tx, parties)
+            parties, state = await store_state.load_locked(tx, store_state.Parties.together(known))
             waiting = await store_state.load_waiting(tx, _subjects(state, parties), parties.customers)
             numbers, states = components(state, [party_names(one) for one in known])
             places = iter(numbers)
@@ -132,8 +131,6 @@ class Applier:
                 writes.events.append(each.row(decision))
             decisions.append(decision)
         await writes.flush()
-        await stage_many(tx, writes.messages, now=now)
-        effects.messages = effects.messages or bool(writes.messages)
         return decisions
 
 
@@ -155,14 +152,9 @@ class _Writes:
 
     async def flush(self) -> None:
         """Writes everything that has gathered."""
-        tx, now, decided = self._tx, self._now, self._decided
-        await store.save_ties(tx, [tie for _, decision in decided for tie in decision.ties])
-        await store.save_links(tx, [link for _, decision in decided for link in decision.links])
-        await store.save_facts(tx, [fact for _, decision in decided for fact in decision.facts])
+        now, decided = self._now, self._decided
         sources = dict(source for _, decision in decided for source in decision.sources)
-        await store.save_sources(tx, list(sources.items()), now=now)
         changes = [(change, event) for event, decision in decided for change in decision.changes]
-        await store.save_entitlements(tx, changes, now=now)
         for change, event in changes:
             self._add_audit(_entitlement_audit(change, event, self._actor(event), now))
             self._effects.changes.append((change.after.plan_code, change.kind.value))
@@ -171,13 +163,25 @@ class _Writes:
             for event, decision in decided
             for payment in decision.payments
         ]
-        new = await store.add_payments(tx, [line for line, _ in lines])
+        new = await store.add_payments(self._tx, [line for line, _ in lines])
         for line, event in lines:
             if line.id in new:
                 self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
-        await store.save_events(tx, self.events)
-        await audit_log.append(tx, self._audit)
-        self._decided, self.events, self._audit = [], [], []
+        await insert_all(
+            self._tx,
+            [
+                store.insert_ties([tie for _, decision in decided for tie in decision.ties]),
+                store.insert_links([link for _, decision in decided for link in decision.links]),
+                store.insert_facts([fact for _, decision in decided for fact in decision.facts]),
+                store.insert_sources(list(sources.items()), now=now),
+                *store.insert_entitlements(changes, now=now),
+                store.insert_events(self.events),
+                audit_log.insert_rows(self._audit),
+                insert_messages(self.messages, now=now),
+            ],
+        )
+        self._effects.messages = self._effects.messages or bool(self.messages)
+        self._decided, self.events, self._audit, self.messages = [], [], [], []
 
     async def attribute(self, event: Event, decision: Decision) -> None:
         """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""

@@ -143,7 +143,7 @@ class Grants:
         event = action_event("grant.removed", action_id, livemode=self._livemode, at=now)
         subject = self._subject(grant_id)
         async with self._database.transaction() as tx:
-            await store_state.lock_parties(
+            await store_state.load_locked(
                 tx,
                 store_state.Parties(
                     subjects=frozenset({subject}), customers=frozenset(), users=frozenset({user_id})

@@ -42,6 +42,7 @@ from backend.app.billing.replay import (
 )
 from backend.app.billing.run_file import RunFile
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
+from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock
 from backend.app.core.database import Database, Tx
 from backend.app.core.errors import StoreUnavailable
@@ -426,7 +427,7 @@ class _Run:
         cause = Event(
             account="", livemode=self.livemode, id=CAUSE, type=CAUSE, api_version=None, occurred_at=now
         )
-        await store.save_entitlements(tx, [(change, cause)], now=now)
+        await insert_all(tx, store.insert_entitlements([(change, cause)], now=now))
         await rows.set_created_at(tx, user.user_id, user.created_at)
 
 

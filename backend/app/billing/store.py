@@ -29,7 +29,7 @@ from backend.app.billing.models import (
     webhook_events,
 )
 from backend.app.billing.store_state import FACT
-from backend.app.core.bulk import insert_new, insert_rows
+from backend.app.core.bulk import Insert, insert_new
 from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
@@ -107,10 +107,9 @@ async def load_entitlement(tx: Tx, user_id: str) -> UserEntitlement | None:
     return UserEntitlement(**row) if row else None
 
 
-async def save_sources(tx: Tx, touched: Sequence[tuple[SubjectId, Owned]], *, now: datetime) -> None:
+def insert_sources(touched: Sequence[tuple[SubjectId, Owned]], *, now: datetime) -> Insert:
     """Writes sources with their customers and owners, each once."""
-    await insert_rows(
-        tx,
+    return Insert(
         sources,
         [
             {
@@ -129,10 +128,9 @@ async def save_sources(tx: Tx, touched: Sequence[tuple[SubjectId, Owned]], *, no
     )
 
 
-async def save_facts(tx: Tx, new: Sequence[tuple[SubjectId, Fact]]) -> None:
+def insert_facts(new: Sequence[tuple[SubjectId, Fact]]) -> Insert:
     """Adds facts; one that is there already stays as it is."""
-    await insert_rows(
-        tx,
+    return Insert(
         facts,
         [
             {
@@ -150,10 +148,9 @@ async def save_facts(tx: Tx, new: Sequence[tuple[SubjectId, Fact]]) -> None:
     )
 
 
-async def save_links(tx: Tx, new: Sequence[tuple[SubjectId, SubjectId]]) -> None:
+def insert_links(new: Sequence[tuple[SubjectId, SubjectId]]) -> Insert:
     """Adds links from children to parents."""
-    await insert_rows(
-        tx,
+    return Insert(
         links,
         [
             {
@@ -168,7 +165,7 @@ async def save_links(tx: Tx, new: Sequence[tuple[SubjectId, SubjectId]]) -> None
     )
 
 
-async def save_ties(tx: Tx, ties: Sequence[tuple[CustomerId, Tie]]) -> None:
+def insert_ties(ties: Sequence[tuple[CustomerId, Tie]]) -> Insert:
     """Adds claims that a customer is a user; of equal claims that is kept which is stronger, whatever came first."""
     strongest: dict[tuple[CustomerId, str, Via], Tie] = {}
     for customer, tie in ties:
@@ -176,8 +173,7 @@ async def save_ties(tx: Tx, ties: Sequence[tuple[CustomerId, Tie]]) -> None:
         known = strongest.get(name)
         if known is None or _replaces(tie, known):
             strongest[name] = tie
-    await insert_rows(
-        tx,
+    return Insert(
         customer_ties,
         [
             {
@@ -207,13 +203,10 @@ def _replaces(tie: Tie, known: Tie) -> bool:
     return (tie.occurred_at, tie.event_id) < (known.occurred_at, known.event_id)
 
 
-async def save_entitlements(
-    tx: Tx, changes: Sequence[tuple[EntitlementChange, Event]], *, now: datetime
-) -> None:
+def insert_entitlements(changes: Sequence[tuple[EntitlementChange, Event]], *, now: datetime) -> list[Insert]:
     """Writes users' entitlements, and for each change the history row that says which event caused it."""
     last = {change.after.user_id: change.after for change, _ in changes}
-    await insert_rows(
-        tx,
+    present = Insert(
         user_entitlements,
         [
             {
@@ -234,8 +227,7 @@ async def save_entitlements(
         entitlements = excluded.entitlements, status = excluded.status, activated_at = excluded.activated_at,
         valid_until = excluded.valid_until, version = excluded.version, updated_at = excluded.updated_at""",
     )
-    await insert_rows(
-        tx,
+    history = Insert(
         entitlement_history,
         [
             {
@@ -255,6 +247,7 @@ async def save_entitlements(
             for change, event in changes
         ],
     )
+    return [present, history]
 
 
 async def add_payments(tx: Tx, payments: Sequence[PaymentEvent]) -> set[str]:
@@ -349,10 +342,9 @@ async def settle_waiting_customer(tx: Tx, attribution: Attribution, reason: str)
     return sorted(result.scalars())
 
 
-async def save_events(tx: Tx, events: Sequence[StoredEvent]) -> None:
+def insert_events(events: Sequence[StoredEvent]) -> Insert:
     """Writes what came and what became of it; earlier failed attempts of an event are counted on."""
-    await insert_rows(
-        tx,
+    return Insert(
         webhook_events,
         [
             {

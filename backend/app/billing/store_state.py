@@ -60,29 +60,47 @@ class Parties:
         )
 
 
-async def lock_parties(tx: Tx, named: Parties) -> Parties:
-    """All that the named parties concern, held until the transaction ends, so that decisions do not interleave.
+async def load_locked(tx: Tx, named: Parties) -> tuple[Parties, State]:
+    """All that the named parties concern and its state, held until the transaction ends, so that decisions do not interleave.
 
     Locks are taken all at once in the order of their numbers, so two transactions can't wait for each
-    other. Whom an event concerns is only known by reading, so it is read again under the locks; where
-    more turned up meanwhile, the locks are given back and taken anew. On SQLite the one writer is lock
-    enough.
+    other. Whom an event concerns is only known by reading, so what is read under the locks is compared
+    with what was locked; where more turned up meanwhile, the locks are given back and taken anew. On
+    SQLite the one writer is lock enough.
 
     Raises:
         StoreUnavailable: the parties kept growing; the delivery will come again.
     """
     parties = await load_parties(tx, named)
     if tx.dialect.name != "postgresql":
-        return parties
+        return parties, await load_state(tx, parties)
     for _ in range(LOCK_ROUNDS_MAX):
         await tx.execute(_SAVEPOINT)
         await lock_names(tx, parties.names)
-        seen = await load_parties(tx, named)
-        if seen.names <= parties.names:
-            return seen
+        state = await load_state(tx, parties)
+        if _reached(state, named).names <= parties.names:
+            return parties, state
         await tx.execute(_ROLLBACK)
-        parties = seen
+        parties = await load_parties(tx, named)
     raise StoreUnavailable
+
+
+def _reached(state: State, named: Parties) -> Parties:
+    """What `load_parties` would give, as far as the state of the parties shows that it is more than them."""
+    subjects = state.above(named.subjects)
+    themselves = named.customers | {
+        CustomerId(subject.account, subject.livemode, subject.object_id)
+        for subject in subjects
+        if subject.kind == "cus"
+    }
+    customers, users = set(themselves), set(named.users)
+    for source, owned in state.sources.items():
+        customer = owned.customer_id and CustomerId(source.account, source.livemode, owned.customer_id)
+        if source in subjects or customer in themselves:
+            customers |= {customer} if customer else set()
+            users |= {owned.user_id} if owned.user_id is not None else set()
+    users |= {tie.user_id for customer in customers for tie in state.ties.get(customer, ())}
+    return Parties(subjects=frozenset(subjects), customers=frozenset(customers), users=frozenset(users))
 
 
 _SAVEPOINT = sa.text("SAVEPOINT before_locks")

@@ -1,6 +1,6 @@
 """Many rows in one statement: what a batch writes costs the same number of statements as what one event writes.
 
-    await insert_rows(tx, facts, rows, "ON CONFLICT DO NOTHING")
+    await insert_all(tx, [Insert(facts, rows, "ON CONFLICT DO NOTHING"), Insert(audit_logs, more)])
     new = await insert_new(tx, payment_events, rows, key=("account", "livemode", "effect_key"))
 
 On PostgreSQL the columns travel as arrays, one parameter each, so the statement's text is always the same
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,7 @@ import sqlalchemy as sa
 from backend.app.core.database import Tx, UtcDateTime
 
 Row = Mapping[str, Any]
+_Computed = tuple[tuple[str, str], ...]
 
 _POSTGRESQL_TYPES: tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...] = (
     (UtcDateTime, "timestamptz"),
@@ -33,33 +35,48 @@ _POSTGRESQL_TYPES: tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...] = (
 )
 
 
-async def insert_rows(
-    tx: Tx,
-    table: sa.Table,
-    rows: Sequence[Row],
-    on_conflict: str = "",
-    *,
-    computed: tuple[tuple[str, str], ...] = (),
-) -> None:
-    """Inserts rows that all have the same columns; `on_conflict` is the clause as both databases know it.
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """Rows for a table, which all have the same columns; `on_conflict` is the clause as both databases know it.
 
-    A row must not meet another one of the same call in a `DO UPDATE`. `computed` columns are written as an
-    SQL expression, in which `{}` stands for the value that the rows give.
+    A row must not meet another one of the same insert in a `DO UPDATE`. `computed` columns are written as
+    an SQL expression, in which `{}` stands for the value that the rows give.
     """
-    if not rows:
+
+    table: sa.Table
+    rows: Sequence[Row]
+    on_conflict: str = ""
+    computed: _Computed = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the rows give."""
+        return tuple(self.rows[0])
+
+
+async def insert_all(tx: Tx, inserts: Sequence[Insert]) -> None:
+    """Inserts all rows, those of each table together; none of the inserts may look at what another one writes."""
+    wanted = [insert for insert in inserts if insert.rows]
+    if not wanted:
         return
-    columns = tuple(rows[0])
     if tx.dialect.name == "postgresql":
-        sql = _postgresql_insert(table, columns, on_conflict, computed)
-        await tx.exec_driver_sql(sql, _arrays(table, columns, rows))
-    else:
-        sql = _sqlite_insert(table, columns, on_conflict, computed)
-        writers = [_sqlite_writer(table, column) for column in columns]
+        # One statement for all tables: each round trip would cost as much as several rows.
+        shape = tuple(
+            (insert.table, insert.columns, insert.on_conflict, insert.computed) for insert in wanted
+        )
+        parameters = [
+            array for insert in wanted for array in _arrays(insert.table, insert.columns, insert.rows)
+        ]
+        await tx.exec_driver_sql(_postgresql_inserts(shape), tuple(parameters))
+        return
+    for insert in wanted:
+        columns = insert.columns
+        writers = [_sqlite_writer(insert.table, column) for column in columns]
         await tx.exec_driver_sql(
-            sql,
+            _sqlite_insert(insert.table, columns, insert.on_conflict, insert.computed),
             [
                 tuple(write(row[column]) for write, column in zip(writers, columns, strict=True))
-                for row in rows
+                for row in insert.rows
             ],
         )
 
@@ -114,12 +131,26 @@ def _arrays(table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]) -> t
 
 
 @functools.cache
+def _postgresql_inserts(shape: tuple[tuple[sa.Table, tuple[str, ...], str, _Computed], ...]) -> str:
+    """All but the last as data-modifying parts of a WITH, which PostgreSQL runs to their end in any case."""
+    parts: list[str] = []
+    first = 1
+    for table, columns, on_conflict, computed in shape:
+        parts.append(_postgresql_insert(table, columns, on_conflict, computed, first))
+        first += len(columns)
+    *before, last = parts
+    named = ", ".join(f"insert_{number} AS ({part})" for number, part in enumerate(before))
+    return f"WITH {named} {last}" if named else last
+
+
+@functools.cache
 def _postgresql_insert(
-    table: sa.Table, columns: tuple[str, ...], end: str, computed: tuple[tuple[str, str], ...]
+    table: sa.Table, columns: tuple[str, ...], end: str, computed: _Computed, first: int = 1
 ) -> str:
     expressions = dict(computed)
     arrays = ", ".join(
-        f"${number}::{_postgresql_type(table.c[column])}[]" for number, column in enumerate(columns, start=1)
+        f"${number}::{_postgresql_type(table.c[column])}[]"
+        for number, column in enumerate(columns, start=first)
     )
     values = ", ".join(
         expressions.get(column, "{}").format(f"r.{_quoted(column)}") + _postgresql_cast(table.c[column])
@@ -132,9 +163,7 @@ def _postgresql_insert(
 
 
 @functools.cache
-def _sqlite_insert(
-    table: sa.Table, columns: tuple[str, ...], end: str, computed: tuple[tuple[str, str], ...]
-) -> str:
+def _sqlite_insert(table: sa.Table, columns: tuple[str, ...], end: str, computed: _Computed) -> str:
     expressions = dict(computed)
     values = ", ".join(expressions.get(column, "{}").format("?") for column in columns)
     return f"INSERT INTO {table.name} ({_names(columns)}) VALUES ({values}) {end}"  # noqa: S608  # as above

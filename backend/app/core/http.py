@@ -69,9 +69,7 @@ class Ahead:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        is_ahead = (
-            scope["type"] == "http" and scope["path"] == self._path and scope["method"] == self._method
-        )
+        is_ahead = scope["type"] == "http" and scope["path"] == self._path and scope["method"] == self._method
         await (self._endpoint if is_ahead else self._app)(scope, receive, send)
 
 

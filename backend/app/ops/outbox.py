@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 
-from backend.app.core.bulk import insert_rows
+from backend.app.core.bulk import Insert, insert_all
 from backend.app.core.database import Database, Tx, UtcDateTime, database_now, metadata
 from backend.app.core.errors import StoreUnavailable
 from backend.app.core.ids import new_id
@@ -105,8 +105,11 @@ async def stage(
 
 async def stage_many(tx: Tx, messages: Sequence[NewMessage], *, now: datetime) -> None:
     """Stages the messages in one round trip; those with a known dedupe key are left out."""
-    if not messages:
-        return
+    await insert_all(tx, [insert_messages(messages, now=now)])
+
+
+def insert_messages(messages: Sequence[NewMessage], *, now: datetime) -> Insert:
+    """What stages the messages, to go with the other rows of a transaction."""
     # Transactions that stage the same keys wait for each other on the unique index: always in this order.
     ordered = sorted(messages, key=lambda message: message.dedupe_key or "")
     rows = [
@@ -123,7 +126,7 @@ async def stage_many(tx: Tx, messages: Sequence[NewMessage], *, now: datetime) -
         }
         for message in ordered
     ]
-    await insert_rows(tx, outbox, rows, "ON CONFLICT (dedupe_key) DO NOTHING")
+    return Insert(outbox, rows, "ON CONFLICT (dedupe_key) DO NOTHING")
 
 
 class Relay:

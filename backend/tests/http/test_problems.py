@@ -160,11 +160,11 @@ async def test_a_bug_of_ours_is_500_without_its_details(
 ) -> None:
     headers = await read_key(service)
 
-    async def broken(*_: object, **__: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError(INNER_DETAIL)
 
     with monkeypatch.context() as patch:
-        patch.setattr("backend.app.billing.store.save_events", broken)
+        patch.setattr("backend.app.billing.store.insert_events", broken)
         patch.setattr("backend.app.billing.store.load_entitlement", broken)
         delivered = await service.deliver(EVENT)
         asked = await service.client.get("/api/v1/entitlements/usr_1", headers=headers)

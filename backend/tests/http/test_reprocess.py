@@ -113,11 +113,11 @@ async def test_a_failed_event_is_processed_as_if_it_was_delivered_now(
 ) -> None:
     event = subscribed(prices=[objects.price("premium")])
 
-    async def broken(*_arguments: Any, **_options: Any) -> None:
+    def broken(*_arguments: Any, **_options: Any) -> None:
         raise RuntimeError("a bug of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_sources", broken)
+        patch.setattr(store, "insert_sources", broken)
         assert (await service.deliver(event)).status_code == 500
     (row,) = await service.rows("SELECT status, answer FROM webhook_events")
     assert row == {"status": "failed", "answer": None}
@@ -145,7 +145,7 @@ async def test_an_event_that_fails_again_leaves_nothing_behind(
     await service.deliver(subscribed())
     as_it_was = await contents(service)
 
-    async def broken(*_arguments: Any, **_options: Any) -> None:
+    def broken(*_arguments: Any, **_options: Any) -> None:
         raise RuntimeError("a bug of ours")
 
     monkeypatch.setattr(store, "resettle_event", broken)
