@@ -36,6 +36,9 @@ APP = ROOT / "backend" / "app"
 # What operators meet when they size or debug a deployment; everything else is in the code, beside its reason.
 BOUNDS = (
     ("billing.webhooks", "DEADLINE_SECONDS"),
+    ("billing.webhooks", "LANES"),
+    ("billing.committer", "BATCH_ITEMS_MAX"),
+    ("billing.committer", "QUEUE_ITEMS_MAX"),
     ("billing.security", "HEADER_BYTES_MAX"),
     ("billing.security", "SECRET_FILE_CHECK_SECONDS"),
     ("billing.security", "REDIS_CALL_SECONDS_MAX"),
