@@ -1,1 +1,1 @@
-"""The benchmark: Tollkeeper beside a textbook webhook handler, as ratios measured in one run."""
+"""The benchmark: Tollkeeper beside a textbook webhook handler, PostgreSQL itself and a bare prototype, in one run."""

@@ -1,99 +1,185 @@
-"""Runs the benchmark: `make bench`. Ratios of one run; absolute numbers belong to the machine they were taken on."""
+"""Runs the benchmark: `make bench`, or `python -m bench --help`. Exit 1 when a measurement would be worth nothing."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import asyncpg  # type: ignore[import-untyped]  # the driver ships no types
+import click
 
 from backend.app.core.database import Database
 from backend.app.core.migrations import migrate
 from backend.tests.support.server_directory import work_directory
-from backend.tests.support.servers import PostgresServer
-from backend.tests.support.service import SERVE, ServiceProcess
-from bench.load import Result, send_all, signed_requests
+from backend.tests.support.server_process import ServerFailed
+from backend.tests.support.servers import PostgresServer, ValkeyServer
+from bench.contenders import CONTENDERS, Kind, Servers, prepared
+from bench.load import BenchFailed
+from bench.machine import machine_facts
+from bench.parts import measure_parts
+from bench.pgbench import HOW_TO_GET, NOT_MEASURED, VARIANTS, find_pgbench
+from bench.reads import measure_reads
+from bench.rebuild import RebuildSpeed
+from bench.rebuild import measure as measure_rebuild
+from bench.report import CHART_NAME, Run, render, render_chart
+from bench.rounds import EVENTS_MIN, Effort, measure_rounds
 
-SECRET = "whsec_bench_0123456789abcdefghijklmn"  # noqa: S105  # signs only what this run sends to itself
-# Three rounds in turn, so that a slow minute of the machine meets both; the median is quoted.
-ROUNDS = 3
-EVENTS_PER_ROUND = 600
-WARM_UP_EVENTS = 100
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE_NAME = "performance.md"
+
+# One, a few and many senders at once: Stripe itself delivers a burst over many connections.
 CONNECTIONS = (1, 16, 64)
-TEXTBOOK = [sys.executable, "-m", "uvicorn", "bench.textbook:create_app", "--factory", "--no-access-log"]
+# Three rounds give a median and its spread; two seconds hold many of PostgreSQL's commits, and the whole stays
+# within a quarter of an hour.
+FULL = Effort(rounds=3, seconds=2.0, events_min=EVENTS_MIN, connections=CONNECTIONS)
+# Long enough to see every path work and every row arrive.
+QUICK = Effort(rounds=1, seconds=0.2, events_min=40, connections=CONNECTIONS)
+# To start a service takes most of a quick run, so of those with two workers only one is tried there.
+QUICK_LEFT_OUT = frozenset(
+    {"textbook-2", "prototype-2", "tollkeeper-redis-2", "tollkeeper-sqlite-2"},
+)
+
+PARTS, READS, REBUILD = "parts", "reads", "rebuild"
+NAMES = (
+    *(contender.name for contender in CONTENDERS),
+    *(variant.name for variant in VARIANTS),
+    *(PARTS, READS, REBUILD),
+)
+
+# A few thousand events: a second of CPU for all parts together.
+PARTS_EVENTS, PARTS_REPETITIONS = 4_000, 5
+PARTS_EVENTS_QUICK, PARTS_REPETITIONS_QUICK = 400, 2
+# Some thousand events, as a year of a small shop.
+REBUILD_USERS, REBUILD_EVENTS_PER_USER = 300, 20
+REBUILD_USERS_QUICK, REBUILD_EVENTS_PER_USER_QUICK = 20, 6
 
 
-def main() -> None:
-    """Measures both services in turn on one PostgreSQL with fsync on, and prints the ratios."""
-    with work_directory(on_disk=True) as directory:
-        server = PostgresServer.start(directory / "postgres", fsync=True)
-        try:
-            asyncio.run(_measure(server, directory))
-        finally:
-            server.stop()
-
-
-async def _measure(server: PostgresServer, directory: Path) -> None:
-    textbook_url = server.create_database("textbook")
-    tollkeeper_url = server.create_database("tollkeeper")
-    database = Database.open(tollkeeper_url)
-    await migrate(database)
-    await database.close()
-    services = {
-        "textbook": _start(directory / "textbook", textbook_url, TEXTBOOK),
-        "tollkeeper": _start(directory / "tollkeeper", tollkeeper_url, SERVE),
-    }
+@click.command()
+@click.option(
+    "--quick", is_flag=True, help="A smoke run of a minute or so: every path once, figures to forget."
+)
+@click.option(
+    "--only", "wanted", multiple=True, type=click.Choice(NAMES), help="Only this one; may be repeated."
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to write the page and the chart; by default docs/, after a whole run only.",
+)
+def main(quick: bool, wanted: tuple[str, ...], output: Path | None) -> None:
+    """Measure Tollkeeper, a textbook handler, PostgreSQL itself and a bare prototype in one run."""
+    complete = not quick and not wanted
+    names = frozenset(wanted or (set(NAMES) - QUICK_LEFT_OUT if quick else NAMES))
+    say = _progress()
     try:
-        print(f"PostgreSQL with fsync, one worker each, {os.cpu_count()} cores, median of {ROUNDS} rounds")
-        print(f"{'connections':>11}  {'textbook/s':>10}  {'tollkeeper/s':>12}  {'ratio':>5}  {'p99 ms':>6}")
-        for connections in CONNECTIONS:
-            await _compare(services, connections)
-        await _check_rows(tollkeeper_url)
+        run = _measure(QUICK if quick else FULL, names, quick=quick, say=say)
+    except (BenchFailed, ServerFailed, FileNotFoundError, ValueError) as error:
+        click.echo(f"The benchmark is worth nothing: {error}", err=True)
+        sys.exit(1)
+    page = render(run, complete=complete)
+    click.echo(page)
+    directory = output or (DOCS if complete else None)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / PAGE_NAME).write_text(page, encoding="utf-8")
+        chart = render_chart(run)
+        if chart is not None:
+            (directory / CHART_NAME).write_text(chart, encoding="utf-8")
+        click.echo(f"Written to {directory / PAGE_NAME}.", err=True)
+
+
+def _measure(effort: Effort, names: frozenset[str], *, quick: bool, say: Callable[[str], None]) -> Run:
+    with work_directory(on_disk=True) as directory:
+        say("starting PostgreSQL with fsync, and Valkey")
+        postgres = PostgresServer.start(directory / "postgres", fsync=True)
+        try:
+            valkey = ValkeyServer.start(directory / "valkey")
+            try:
+                servers = Servers(postgres, valkey, directory)
+                return _measure_with(servers, effort, names, quick=quick, say=say)
+            finally:
+                valkey.stop()
+        finally:
+            postgres.stop()
+
+
+def _measure_with(
+    servers: Servers, effort: Effort, names: frozenset[str], *, quick: bool, say: Callable[[str], None]
+) -> Run:
+    machine = machine_facts(servers)
+    variants = [variant for variant in VARIANTS if variant.name in names]
+    has_pgbench = find_pgbench() is not None
+    if variants and not has_pgbench:
+        say(f"{NOT_MEASURED}. {HOW_TO_GET}")
+        variants = []
+    contenders = [contender for contender in CONTENDERS if contender.name in names]
+    samples = measure_rounds(contenders, variants, servers, effort, say=say)
+    parts = []
+    if PARTS in names:
+        say("CPU by part")
+        parts = measure_parts(
+            events=PARTS_EVENTS_QUICK if quick else PARTS_EVENTS,
+            repetitions=PARTS_REPETITIONS_QUICK if quick else PARTS_REPETITIONS,
+        )
+    reads = []
+    if READS in names:
+        say("reads")
+        reads = measure_reads(servers, rounds=effort.rounds, seconds=effort.seconds)
+    rebuilds = {}
+    if REBUILD in names:
+        size = (
+            (REBUILD_USERS_QUICK, REBUILD_EVENTS_PER_USER_QUICK)
+            if quick
+            else (REBUILD_USERS, REBUILD_EVENTS_PER_USER)
+        )
+        rebuilds = _measure_rebuilds(servers, size, say=say)
+    return Run(
+        effort=effort,
+        machine=machine,
+        samples=samples,
+        has_pgbench=has_pgbench,
+        parts=parts,
+        reads=reads,
+        rebuilds=rebuilds,
+    )
+
+
+def _measure_rebuilds(
+    servers: Servers, size: Sequence[int], *, say: Callable[[str], None]
+) -> dict[str, RebuildSpeed]:
+    users, events_per_user = size
+    urls = {
+        "PostgreSQL": servers.postgres.create_database(
+            "rebuild", template=prepared(servers, Kind.TOLLKEEPER)
+        ),
+        "SQLite": f"sqlite:///{servers.directory / 'rebuild.db'}",
+    }
+    found = {}
+    for store, url in urls.items():
+        say(f"rebuild, {store}")
+        asyncio.run(_migrate(url))
+        found[store] = asyncio.run(measure_rebuild(url, users=users, events_per_user=events_per_user))
+    return found
+
+
+async def _migrate(url: str) -> None:
+    database = Database.open(url)
+    try:
+        await migrate(database)
     finally:
-        for service in services.values():
-            service.stop()
+        await database.close()
 
 
-def _start(directory: Path, database_url: str, command: Sequence[str]) -> ServiceProcess:
-    directory.mkdir()
-    env = {"DATABASE_URL": database_url, "STRIPE_WEBHOOK_SECRET": SECRET}
-    return ServiceProcess.start(directory, env, command=command)
+def _progress() -> Callable[[str], None]:
+    started = time.monotonic()
 
+    def say(what: str) -> None:
+        # To the error stream, so that the report can be piped.
+        click.echo(f"{time.monotonic() - started:6.0f} s  {what}", err=True)
 
-async def _compare(services: dict[str, ServiceProcess], connections: int) -> None:
-    results: dict[str, list[Result]] = {name: [] for name in services}
-    for round_number in range(ROUNDS + 1):
-        events = EVENTS_PER_ROUND if round_number else WARM_UP_EVENTS
-        for name, service in services.items():
-            requests = signed_requests(events, secret=SECRET, prefix=f"{connections}x{round_number}")
-            result = await send_all(service.url, requests, connections=connections)
-            if result.accepted != events:
-                raise SystemExit(f"{name} accepted {result.accepted} of {events} events")
-            if round_number:
-                results[name].append(result)
-    textbook, tollkeeper = (
-        statistics.median(result.per_second for result in results[name]) for name in services
-    )
-    p99_ms = statistics.median(result.p99_ms for result in results["tollkeeper"])
-    print(
-        f"{connections:>11}  {textbook:>10.0f}  {tollkeeper:>12.0f}  {tollkeeper / textbook:>5.2f}  {p99_ms:>6.1f}"
-    )
-
-
-async def _check_rows(database_url: str) -> None:
-    """Every accepted event must really have its rows; a benchmark of lost payments would be worth nothing."""
-    expected = len(CONNECTIONS) * (ROUNDS * EVENTS_PER_ROUND + WARM_UP_EVENTS)
-    connection = await asyncpg.connect(database_url)
-    for table in ("webhook_events", "payment_events", "user_entitlements"):
-        found = await connection.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608  # a fixed list of names
-        if found != expected:
-            raise SystemExit(f"{table} has {found} rows, {expected} events were accepted")
-    await connection.close()
-    print(f"every one of {expected} accepted events has its rows")
+    return say
 
 
 if __name__ == "__main__":

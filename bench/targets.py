@@ -1,0 +1,105 @@
+"""What the service is meant to reach, beside what this run measured; said as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.pgbench import SINGLE
+from bench.rounds import Samples
+from bench.spread import Spread, ratio, spread
+
+# Ratios within one run; a service below one of them is no reason to refuse a build, only to say so.
+TEXTBOOK_RATIO_MIN = 20.0
+PGBENCH_RATIO_MIN = 1.2
+PROTOTYPE_RATIO_MIN = 0.6
+LONE_RATIO_MIN = 1.0
+P99_TO_P50_MAX = 4.0
+
+BUSY, MIDDLE, LONE = 64, 16, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One target: what was wanted, what was measured, and whether that is enough (None: not measured)."""
+
+    target: str
+    wanted: str
+    measured: str
+    met: bool | None
+
+    @property
+    def word(self) -> str:
+        """As the report says it."""
+        return {True: "met", False: "not met", None: "not measured"}[self.met]
+
+
+def verdicts(samples: Samples) -> list[Verdict]:
+    """Every target, by the medians of the run."""
+    found = []
+    for workers in (1, 2):
+        name = f"tollkeeper-{workers}"
+        crew = "1 worker" if workers == 1 else f"{workers} workers"
+        where = f"PostgreSQL, {BUSY} connections, {crew}"
+        for other, other_name, least in (
+            ("the textbook handler with as many", f"textbook-{workers}", TEXTBOOK_RATIO_MIN),
+            ("pgbench, one transaction of four statements per event", SINGLE.name, PGBENCH_RATIO_MIN),
+            ("the bare prototype with as many", f"prototype-{workers}", PROTOTYPE_RATIO_MIN),
+        ):
+            found.append(_at_least(samples, f"{where}: to {other}", name, other_name, BUSY, least))
+    found.append(
+        _at_least(
+            samples,
+            f"SQLite, {BUSY} connections, 1 worker: to the bare prototype",
+            "tollkeeper-sqlite-1",
+            "prototype-sqlite-1",
+            BUSY,
+            PROTOTYPE_RATIO_MIN,
+        )
+    )
+    found.append(
+        _at_least(
+            samples,
+            f"PostgreSQL, {LONE} connection, 1 worker: to the bare prototype with one transaction per event",
+            "tollkeeper-1",
+            "single-1",
+            LONE,
+            LONE_RATIO_MIN,
+        )
+    )
+    for name, what in (
+        ("tollkeeper-1", "PostgreSQL, 1 worker"),
+        ("tollkeeper-2", "PostgreSQL, 2 workers"),
+        ("tollkeeper-redis-1", "PostgreSQL and Redis, 1 worker"),
+        ("tollkeeper-sqlite-1", "SQLite, 1 worker"),
+    ):
+        tail = spread([sample.p99_ms / sample.p50_ms for sample in samples.of(name, MIDDLE)])
+        found.append(
+            _verdict(
+                f"{what}, {MIDDLE} connections: p99 to p50",
+                f"under {P99_TO_P50_MAX:g}",
+                tail,
+                lambda median: median < P99_TO_P50_MAX,
+            )
+        )
+    return found
+
+
+def per_second(samples: Samples, name: str, connections: int) -> list[float]:
+    """Events per second of each round."""
+    return [sample.per_second for sample in samples.of(name, connections)]
+
+
+def _at_least(
+    samples: Samples, target: str, name: str, other: str, connections: int, least: float
+) -> Verdict:
+    measured = ratio(per_second(samples, name, connections), per_second(samples, other, connections))
+    return _verdict(target, f"at least {least:g}", measured, lambda median: median >= least)
+
+
+def _verdict(
+    target: str, wanted: str, measured: Spread | None, is_enough: Callable[[float], bool]
+) -> Verdict:
+    if measured is None:
+        return Verdict(target, wanted, "-", None)
+    return Verdict(target, wanted, measured.text(2), is_enough(measured.median))
