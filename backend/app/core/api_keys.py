@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,6 +24,10 @@ KEY_RANDOM_BYTES = 32
 NAME_CHARACTERS_MAX = 100
 # Longer than any key of ours; what is longer is refused before it is hashed.
 AUTHORIZATION_CHARACTERS_MAX = 200
+
+# Reads come with every request of a product, so a key that was found is looked up once a second; one that
+# was ended reads for this much longer. What changes something is always looked up.
+KNOWN_SECONDS = 1.0
 
 api_keys = sa.Table(
     "api_keys",
@@ -54,9 +60,18 @@ class Principal:
 class ApiKeys:
     """Makes and checks the keys of one database."""
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        *,
+        monotonic_seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._database = database
         self._clock = clock
+        self._monotonic_seconds = monotonic_seconds
+        # Found keys by their hash, each with the moment from which on it is looked up again.
+        self._known: dict[str, tuple[Principal, float]] = {}
 
     async def create(self, name: str, scope: Scope) -> str:
         """A new key; this is the only time that it is seen."""
@@ -85,18 +100,29 @@ class ApiKeys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key or len(key) > AUTHORIZATION_CHARACTERS_MAX:
             raise Unauthenticated
+        principal = await self._principal(_hash(key.strip()), anew=needed is Scope.ADMIN)
+        if needed is Scope.ADMIN and principal.scope is not Scope.ADMIN:
+            raise Forbidden
+        return principal
+
+    async def _principal(self, key_sha256: str, *, anew: bool) -> Principal:
+        now_seconds = self._monotonic_seconds()
+        known = self._known.get(key_sha256)
+        if known is not None and now_seconds < known[1] and not anew:
+            return known[0]
+        # An ended key must not stay in memory for ever.
+        self._known.pop(key_sha256, None)
         async with self._database.snapshot() as tx:
             found = await tx.execute(
                 sa.select(api_keys.c.id, api_keys.c.name, api_keys.c.scope).where(
-                    api_keys.c.key_sha256 == _hash(key.strip()), api_keys.c.revoked_at.is_(None)
+                    api_keys.c.key_sha256 == key_sha256, api_keys.c.revoked_at.is_(None)
                 )
             )
             row = found.first()
         if row is None:
             raise Unauthenticated
         principal = Principal(key_id=row.id, name=row.name, scope=Scope(row.scope))
-        if needed is Scope.ADMIN and principal.scope is not Scope.ADMIN:
-            raise Forbidden
+        self._known[key_sha256] = (principal, now_seconds + KNOWN_SECONDS)
         return principal
 
 

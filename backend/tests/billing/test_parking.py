@@ -137,6 +137,25 @@ async def test_a_source_that_ends_unclaimed_waits_no_longer(service: Harness) ->
     assert (await events_of(service))["evt_1"] == ("success", None, None)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)])
+async def test_money_for_nobody_waits_whenever_it_comes_in_a_subscriptions_life(
+    service: Harness, order: tuple[int, ...]
+) -> None:
+    """Paid before the subscription was heard to be active, or after: both wait for the user."""
+    now = unix_now()
+    bill = objects.invoice("in_1", customer="cus_1", subscription_id="sub_1")
+    events = [
+        happened(
+            "evt_0", "customer.subscription.created", subscription(status="incomplete"), created=now - 90
+        ),
+        happened("evt_1", "invoice.paid", bill, created=now - 80),
+        happened("evt_2", "customer.subscription.updated", subscription(), created=now - 70),
+    ]
+    for number in order:
+        await status_of(service, events[number])
+    assert (await events_of(service))["evt_1"] == ("parked", "unknown_user", None)
+
+
 async def test_the_owner_hears_once_of_what_is_parked(service: Harness) -> None:
     for number in range(3):
         content = subscription(prices=[objects.price("gold")], metadata={"user_id": "user_1"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -14,9 +15,9 @@ from fastapi import Depends, FastAPI, Header
 from backend.app.billing.domain.catalog import Feature, FeatureType
 from backend.app.billing.entitlements import FeatureCheck, is_granted
 from backend.app.billing.guard import EntitlementGuard
-from backend.app.core.api_keys import Scope, api_keys
+from backend.app.core.api_keys import KNOWN_SECONDS, Scope, api_keys
 from backend.app.core.clock import iso
-from backend.app.core.errors import Forbidden, InvalidRequest
+from backend.app.core.errors import Forbidden, InvalidRequest, Unauthenticated
 from backend.app.core.http import install_problem_handlers
 from backend.app.simulator import objects
 from backend.app.simulator.objects import DAY_SECONDS, MONTH_SECONDS
@@ -477,10 +478,17 @@ class TestApiKeys:
             await keys.authenticate(f"Bearer {reader}", Scope.ADMIN)
         assert (await keys.authenticate(f"Bearer {admin}", Scope.ADMIN)).name == "boss"
 
-    async def test_a_revoked_key_is_refused_at_once(self, service: Harness) -> None:
-        key = await service.service.api_keys.create("test", Scope.READ)
+    async def test_a_revoked_key_is_refused_within_a_second_and_for_changes_at_once(
+        self, service: Harness
+    ) -> None:
+        keys = service.service.api_keys
+        key = await keys.create("test", Scope.ADMIN)
+        assert (await service.client.get(PATH, headers=bearer(key))).status_code == 200
         async with service.service.database.transaction() as tx:
             await tx.execute(sa.update(api_keys).values(revoked_at=service.clock.now()))
+        with pytest.raises(Unauthenticated):
+            await keys.authenticate(f"Bearer {key}", Scope.ADMIN)
+        await asyncio.sleep(KNOWN_SECONDS)
         assert (await service.client.get(PATH, headers=bearer(key))).status_code == 401
 
     @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Reading:
     """What a source comes to.
 
     `status` is Stripe's word or one of ours; `as_of` when it became so; `rule` why it gives access or not;
-    `grants` whether the status gives access; `pending` that only its checkout was heard of; `unknown`
+    `grants` whether the status gives access; `pending` that it may do so yet; `unknown`
     names the prices or plans that the catalog lacks although access should follow from them.
     """
 

@@ -72,6 +72,7 @@ def _without_status(
             rule="subscription.unknown_status",
             event_id=snapshots[-1].event_id,
             grants=False,
+            pending=True,
             flags=("unknown_status",),
         )
     if not checkouts:
@@ -101,6 +102,7 @@ def _refusal(catalog: Catalog, source: Source, fact: SubscriptionFact) -> Readin
             rule=f"subscription.{fact.status}",
             event_id=fact.event_id,
             grants=False,
+            pending=fact.status not in TERMINAL_STATUSES,
         )
     reversal = reversal_of(policy, source.facts, payment=_last_payment(source), is_subscription=True)
     if reversal is not None:
@@ -110,6 +112,7 @@ def _refusal(catalog: Catalog, source: Source, fact: SubscriptionFact) -> Readin
             rule=reversal.rule,
             event_id=reversal.event_id,
             grants=False,
+            pending=True,
         )
     if fact.pause_behavior is not None and policy.pause_collection(fact.pause_behavior) is Keep.REVOKE:
         return Reading(
@@ -118,6 +121,7 @@ def _refusal(catalog: Catalog, source: Source, fact: SubscriptionFact) -> Readin
             rule=f"pause_collection.{fact.pause_behavior}",
             event_id=fact.event_id,
             grants=False,
+            pending=True,
         )
     return None
 
