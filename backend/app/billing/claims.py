@@ -263,7 +263,11 @@ def _translation(state: State, wanted: Wanted, fact: ClaimFact) -> Translation:
     ]
     return Translation(
         customer_id=wanted.customer.id,
-        facts=tuple(About(key=source_id.key, fact=fact) for source_id in named),
+        facts=(
+            # Of several words about a customer the tie keeps the newest only; here each of them stays.
+            About(key=f"cus:{wanted.customer.id}", fact=replace(fact, is_of_customer=True)),
+            *(About(key=source_id.key, fact=fact) for source_id in named),
+        ),
         ties=(
             Tie(
                 customer_id=wanted.customer.id,

@@ -104,8 +104,8 @@ sources = sa.Table(
     sa.Index("ix_sources_customer_id", "account", "livemode", "customer_id"),
 )
 
-# Every fact about a subject; `body` is the translated fact, `as_of` the event's own time. Facts of the kind
-# `grant` come from people; all others can be made again from `webhook_events`.
+# Every fact about a subject; `body` is the translated fact, `as_of` the event's own time. Facts of the kinds
+# `grant` and `claim` come from people; all others can be made again from `webhook_events`.
 facts = sa.Table(
     "facts",
     metadata,

@@ -76,9 +76,21 @@ def happening_of_manual_fact(row: Row) -> Happening:
     """A person's grant, its removal or a claim."""
     fact = _FACT.validate_python(row["body"])
     assert isinstance(fact, GrantFact | ClaimFact), "other kinds come from events"
+    about = About(key=row["subject_key"], fact=fact)
+    asserts = Translation(subject=row["subject_key"], facts=(about,))
+    if isinstance(fact, ClaimFact) and fact.is_of_customer:
+        customer_id = row["subject_key"].removeprefix("cus:")
+        tie = Tie(
+            customer_id=customer_id,
+            user_id=fact.user_id,
+            via=Via.ADMIN,
+            occurred_at=fact.as_of,
+            event_id=fact.event_id,
+        )
+        asserts = Translation(customer_id=customer_id, facts=(about,), ties=(tie,))
     return Happening(
         event=_word(row, fact.event_id, fact.event_type, fact.as_of),
-        asserts=Translation(subject=row["subject_key"], facts=(About(key=row["subject_key"], fact=fact),)),
+        asserts=asserts,
         received_at=fact.as_of,
         is_stored_event=False,
     )
@@ -164,7 +176,7 @@ class Replay:
             ties = self._table(rows.TIES)
             key = (*customer, tie.user_id, int(tie.via))
             known = ties.get(key)
-            if known is None or (tie.occurred_at, tie.event_id) < (known["occurred_at"], known["event_id"]):
+            if known is None or tie.strength < replace(tie, **known).strength:
                 ties[key] = {"occurred_at": tie.occurred_at, "event_id": tie.event_id}
         for child, parent in decision.links:
             self._table(rows.LINKS)[*child, parent.key] = {}

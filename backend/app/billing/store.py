@@ -171,7 +171,7 @@ def insert_ties(ties: Sequence[tuple[CustomerId, Tie]]) -> Insert:
     for customer, tie in ties:
         name = (customer, tie.user_id, tie.via)
         known = strongest.get(name)
-        if known is None or _replaces(tie, known):
+        if known is None or tie.strength < known.strength:
             strongest[name] = tie
     return Insert(
         customer_ties,
@@ -194,13 +194,6 @@ def insert_ties(ties: Sequence[tuple[CustomerId, Tie]]) -> Insert:
             ELSE (excluded.occurred_at, excluded.event_id)
                 < (customer_ties.occurred_at, customer_ties.event_id) END""",  # noqa: S608  # a number of ours
     )
-
-
-def _replaces(tie: Tie, known: Tie) -> bool:
-    """A person's later word holds; of Stripe's the earliest, so that the order of arrival does not matter."""
-    if tie.via is Via.ADMIN:
-        return tie.occurred_at > known.occurred_at
-    return (tie.occurred_at, tie.event_id) < (known.occurred_at, known.event_id)
 
 
 def insert_entitlements(changes: Sequence[tuple[EntitlementChange, Event]], *, now: datetime) -> list[Insert]:

@@ -42,8 +42,8 @@ POSITIONS_IN_FLIGHT_MAX = 5_000
 
 # Facts and claims that people made; they are taken as they are.
 MANUAL_KINDS = ("grant", "claim")
-# Ties that our own side made; no event can tell them again.
-OWN_TIES = (Via.ADMIN, Via.CHECKOUT_RECORD)
+# Ties that our own side made and that neither an event nor a claim can tell again.
+OWN_TIES = (Via.CHECKOUT_RECORD,)
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]

@@ -123,12 +123,21 @@ async def a_corrected_mistake(service: Harness, admin: Admin) -> None:
     await admin.claim("user_1", customer_id="cus_1")
 
 
+async def a_customer_given_back(service: Harness, admin: Admin) -> None:
+    """A guest's customer goes to one user, to another, and back."""
+    for number, user_id in enumerate(("user_1", "user_2", "user_1")):
+        await deliver(service, guest_purchase(number, customer="cus_guest"))
+        await admin.claim(user_id, customer_id="cus_guest")
+    await deliver(service, guest_purchase(9, customer="cus_guest"))
+
+
 STORIES: list[Callable[[Harness, Admin], Coroutine[Any, Any, None]]] = [
     without_a_subscription,
     beside_a_subscription,
     a_claimed_purchase,
     a_claimed_customer,
     a_corrected_mistake,
+    a_customer_given_back,
 ]
 
 

@@ -119,7 +119,7 @@ def named_users(facts: Iterable[Fact]) -> set[str]:
 
 def _named_users(fact: Fact) -> list[tuple[Via, str]]:
     named: list[tuple[Via, str]] = []
-    if isinstance(fact, GrantFact | ClaimFact):
+    if isinstance(fact, GrantFact) or (isinstance(fact, ClaimFact) and not fact.is_of_customer):
         named.append((Via.ADMIN, fact.user_id))
     if isinstance(fact, CheckoutFact) and fact.client_reference_id:
         named.append((Via.CLIENT_REFERENCE_ID, fact.client_reference_id))

@@ -337,7 +337,10 @@ class GrantFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimFact:
-    """A person's word that a source belongs to a user: how a guest's purchase finds its owner."""
+    """A person's word that a source belongs to a user: how a guest's purchase finds its owner.
+
+    One `is_of_customer` is about the customer it is kept under; there the tie that was made with it decides.
+    """
 
     kind: Literal["claim"] = "claim"
     event_id: str
@@ -346,6 +349,7 @@ class ClaimFact:
     user_id: str
     actor: str
     reason: str
+    is_of_customer: bool = False
 
 
 Fact = (
