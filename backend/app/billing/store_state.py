@@ -8,18 +8,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any
 
-import sqlalchemy as sa
 from pydantic import Field, TypeAdapter
 
 from backend.app.billing.domain.facts import CustomerId, Fact, SubjectId, Tie, Via
 from backend.app.billing.domain.merge import Entitlement
 from backend.app.billing.domain.state import Owned, State
-from backend.app.core.database import Json, Tx, UtcDateTime
+from backend.app.core.database import Tx, fetch, instant_parameter, known_instant
 from backend.app.core.errors import StoreUnavailable
 
 # A decision looks at the newest facts of each kind of a subject only, so that its cost does not grow with
@@ -75,12 +75,12 @@ async def load_locked(tx: Tx, named: Parties) -> tuple[Parties, State]:
     if tx.dialect.name != "postgresql":
         return parties, await load_state(tx, parties)
     for _ in range(LOCK_ROUNDS_MAX):
-        await tx.execute(_SAVEPOINT)
+        await fetch(tx, _SAVEPOINT)
         await lock_names(tx, parties.names)
         state = await load_state(tx, parties)
         if _reached(state, named).names <= parties.names:
             return parties, state
-        await tx.execute(_ROLLBACK)
+        await fetch(tx, _ROLLBACK)
         parties = await load_parties(tx, named)
     raise StoreUnavailable
 
@@ -103,9 +103,9 @@ def _reached(state: State, named: Parties) -> Parties:
     return Parties(subjects=frozenset(subjects), customers=frozenset(customers), users=frozenset(users))
 
 
-_SAVEPOINT = sa.text("SAVEPOINT before_locks")
-_ROLLBACK = sa.text("ROLLBACK TO SAVEPOINT before_locks")
-_LOCK = sa.text("SELECT count(pg_advisory_xact_lock(number)) FROM unnest(CAST(:numbers AS bigint[])) number")
+_SAVEPOINT = "SAVEPOINT before_locks"
+_ROLLBACK = "ROLLBACK TO SAVEPOINT before_locks"
+_LOCK = "SELECT count(pg_advisory_xact_lock(number)) FROM unnest($1::bigint[]) number"
 
 
 async def lock_names(tx: Tx, names: Collection[str]) -> None:
@@ -114,7 +114,7 @@ async def lock_names(tx: Tx, names: Collection[str]) -> None:
         return
     numbers = sorted({_lock_number(name) for name in names})
     if numbers:
-        await tx.execute(_LOCK, {"numbers": numbers})
+        await fetch(tx, _LOCK, (numbers,))
 
 
 def _lock_number(name: str) -> int:
@@ -124,10 +124,7 @@ def _lock_number(name: str) -> int:
 async def load_parties(tx: Tx, named: Parties) -> Parties:
     """The named subjects with all that they bear on, the customers behind them, and the users of both."""
     subjects, customers, users = set(named.subjects), set(named.customers), set(named.users)
-    found = await tx.execute(
-        _statement(tx, "parties"), {"subjects": _keys(subjects), "customers": _keys(customers)}
-    )
-    for kind, account, livemode, name in found:
+    for kind, account, livemode, name in await _rows(tx, "parties", _keys(subjects), _keys(customers)):
         if kind == "subject":
             subjects.add(SubjectId(account, bool(livemode), name))
         elif kind == "customer":
@@ -156,9 +153,7 @@ async def load_waiting(
     tx: Tx, subjects: Collection[SubjectId], customers: Collection[CustomerId]
 ) -> set[SubjectId]:
     """Those of the names, customers as subjects, for which an event is parked or a ledger line lacks its user or plan."""
-    found = await tx.execute(
-        _statement(tx, "waiting"), {"subjects": _keys(subjects), "customers": _keys(customers)}
-    )
+    found = await _rows(tx, "waiting", _keys(subjects), _keys(customers))
     return {SubjectId(account, bool(livemode), key) for account, livemode, key in found}
 
 
@@ -173,14 +168,16 @@ async def load_ties(tx: Tx, customers: Collection[CustomerId]) -> dict[CustomerI
     ties: dict[CustomerId, frozenset[Tie]] = {}
     if not customers:
         return ties
-    for row in await tx.execute(_statement(tx, "ties"), {"customers": _keys(customers)}):
-        customer = CustomerId(row.account, row.livemode, row.customer_id)
+    for account, livemode, customer_id, user_id, via, occurred_at, event_id in await _rows(
+        tx, "ties", _keys(customers)
+    ):
+        customer = CustomerId(account, bool(livemode), customer_id)
         tie = Tie(
-            customer_id=row.customer_id,
-            user_id=row.user_id,
-            via=Via(row.via),
-            occurred_at=row.occurred_at,
-            event_id=row.event_id,
+            customer_id=customer_id,
+            user_id=user_id,
+            via=Via(via),
+            occurred_at=known_instant(occurred_at),
+            event_id=event_id,
         )
         ties[customer] = ties.get(customer, frozenset()) | {tie}
     return ties
@@ -190,18 +187,19 @@ async def load_entitlements(tx: Tx, users: Collection[str]) -> dict[str, Entitle
     """What some users have, as it was last written; nothing about users of whom nothing was heard."""
     if not users:
         return {}
-    found = await tx.execute(_statement(tx, "entitlements"), {"users": json.dumps(sorted(users))})
     return {
-        row.user_id: Entitlement(
-            user_id=row.user_id,
-            plan_code=row.plan_code,
-            status=row.status,
-            features=row.entitlements,
-            valid_until=row.valid_until,
-            activated_at=row.activated_at,
-            version=row.version,
+        user_id: Entitlement(
+            user_id=user_id,
+            plan_code=plan_code,
+            status=status,
+            features=json.loads(features),
+            valid_until=known_instant(valid_until) if valid_until is not None else None,
+            activated_at=known_instant(activated_at),
+            version=version,
         )
-        for row in found
+        for user_id, plan_code, features, status, activated_at, valid_until, version in await _rows(
+            tx, "entitlements", json.dumps(sorted(users))
+        )
     }
 
 
@@ -212,15 +210,9 @@ async def _load_sources(tx: Tx, parties: Parties, *, until: datetime | None) -> 
         *parties.subjects,
         *(SubjectId(account, livemode, f"cus:{key}") for account, livemode, key in parties.customers),
     }
-    found = await tx.execute(
-        _statement(tx, "sources"),
-        {
-            "subjects": _keys(parties.subjects),
-            "customers": _keys(parties.customers),
-            "users": json.dumps(sorted(parties.users)),
-        },
-    )
-    for account, livemode, key, customer_id, user_id in found:
+    for account, livemode, key, customer_id, user_id in await _rows(
+        tx, "sources", _keys(parties.subjects), _keys(parties.customers), json.dumps(sorted(parties.users))
+    ):
         source = SubjectId(account, bool(livemode), key)
         sources[source] = Owned(customer_id=customer_id, user_id=user_id)
         seeds.add(source)
@@ -235,39 +227,41 @@ async def _load_sources(tx: Tx, parties: Parties, *, until: datetime | None) -> 
         return State(sources=sources)
     parents: dict[SubjectId, frozenset[SubjectId]] = {}
     below = set(seeds)
-    for account, livemode, child_key, parent_key in await tx.execute(
-        _statement(tx, "links"), {"subjects": _keys(seeds)}
-    ):
+    for account, livemode, child_key, parent_key in await _rows(tx, "links", _keys(seeds)):
         child = SubjectId(account, bool(livemode), child_key)
         below.add(child)
         parents[child] = parents.get(child, frozenset()) | {SubjectId(account, bool(livemode), parent_key)}
     facts: dict[SubjectId, tuple[Fact, ...]] = {}
-    for account, livemode, key, body in await tx.execute(
-        _statement(tx, "facts" if until is None else "facts_until"),
-        {"subjects": _keys(below), "newest": FACTS_PER_SUBJECT_MAX}
-        | ({} if until is None else {"until": until}),
+    for account, livemode, key, body in (
+        await _rows(tx, "facts", _keys(below))
+        if until is None
+        else await _rows(tx, "facts_until", _keys(below), instant_parameter(tx, until))
     ):
         subject = SubjectId(account, bool(livemode), key)
         facts[subject] = (*facts.get(subject, ()), FACT.validate_json(body))
     return State(sources=sources, parents=parents, facts=facts)
 
 
+async def _rows(tx: Tx, name: str, *parameters: Any) -> Sequence[Sequence[Any]]:
+    return await fetch(tx, _statement(tx.dialect.name, name), parameters)
+
+
 def _keys(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
     return json.dumps(sorted(names))
 
 
-# Each gives one row a name; `{keys:x}` stands for the JSON parameter x as rows (account, livemode, key),
-# `{texts:x}` for one as rows (text).
+# `{keys:1}` stands for the first parameter, which is JSON, as rows (account, livemode, key); `{texts:1}` for one
+# as rows (text); `{1}` for its bare value.
 _SQL = {
     "parties": """
         WITH RECURSIVE reached(account, livemode, key) AS (
-            SELECT account, livemode, key FROM {keys:subjects} named
+            SELECT account, livemode, key FROM {keys:1} named
             UNION
             SELECT links.account, links.livemode, links.parent
             FROM reached JOIN links ON links.account = reached.account
                 AND links.livemode = reached.livemode AND links.child = reached.key
         ), customers AS (
-            SELECT account, livemode, key FROM {keys:customers} named
+            SELECT account, livemode, key FROM {keys:2} named
             UNION
             -- What bears on a customer, as a test clock does, concerns all that is the customer's.
             SELECT account, livemode, substr(key, 5) FROM reached WHERE key LIKE 'cus:%'
@@ -293,17 +287,17 @@ _SQL = {
         """,
     "sources": """
         SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {keys:subjects} named JOIN sources ON sources.account = named.account
+            FROM {keys:1} named JOIN sources ON sources.account = named.account
                 AND sources.livemode = named.livemode AND source_key = named.key
         UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {keys:customers} named JOIN sources ON sources.account = named.account
+            FROM {keys:2} named JOIN sources ON sources.account = named.account
                 AND sources.livemode = named.livemode AND customer_id = named.key
         UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {texts:users} named JOIN sources ON user_id = named.text
+            FROM {texts:3} named JOIN sources ON user_id = named.text
         """,
     "links": """
         WITH RECURSIVE reached(account, livemode, key) AS (
-            SELECT account, livemode, key FROM {keys:subjects} named
+            SELECT account, livemode, key FROM {keys:1} named
             UNION
             SELECT links.account, links.livemode, links.child
             FROM reached JOIN links ON links.account = reached.account
@@ -321,93 +315,67 @@ _SQL = {
                 PARTITION BY facts.account, facts.livemode, subject_key, kind
                 ORDER BY as_of DESC, event_id DESC
             ) AS place
-            FROM {keys:subjects} named JOIN facts ON facts.account = named.account
+            FROM {keys:1} named JOIN facts ON facts.account = named.account
                 AND facts.livemode = named.livemode AND subject_key = named.key
             WHERE {until}
-        ) newest WHERE place <= :newest
+        ) newest WHERE place <= {newest}
         """,
     "waiting": """
         SELECT named.account, named.livemode, named.key
-            FROM {keys:subjects} named JOIN webhook_events waits ON waits.account = named.account
+            FROM {keys:1} named JOIN webhook_events waits ON waits.account = named.account
                 AND waits.livemode = named.livemode AND waits.subject_key = named.key
                 AND waits.status = 'parked'
         UNION SELECT named.account, named.livemode, 'cus:' || named.key
-            FROM {keys:customers} named JOIN webhook_events waits ON waits.account = named.account
+            FROM {keys:2} named JOIN webhook_events waits ON waits.account = named.account
                 AND waits.livemode = named.livemode AND waits.customer_id = named.key
                 AND waits.status = 'parked'
         UNION SELECT named.account, named.livemode, named.key
-            FROM {keys:subjects} named JOIN payment_events waits ON waits.account = named.account
+            FROM {keys:1} named JOIN payment_events waits ON waits.account = named.account
                 AND waits.livemode = named.livemode AND waits.subject_key = named.key
                 AND waits.user_id IS NULL
         UNION SELECT named.account, named.livemode, named.key
-            FROM {keys:subjects} named JOIN payment_events waits ON waits.account = named.account
+            FROM {keys:1} named JOIN payment_events waits ON waits.account = named.account
                 AND waits.livemode = named.livemode AND waits.subject_key = named.key
                 AND waits.plan_code IS NULL
         UNION SELECT named.account, named.livemode, 'cus:' || named.key
-            FROM {keys:customers} named JOIN payment_events waits ON waits.account = named.account
+            FROM {keys:2} named JOIN payment_events waits ON waits.account = named.account
                 AND waits.livemode = named.livemode AND waits.customer_id = named.key
                 AND waits.user_id IS NULL
         """,
     "ties": """
         SELECT ties.account, ties.livemode, customer_id, user_id, via, occurred_at, event_id
-        FROM {keys:customers} named JOIN customer_ties ties ON ties.account = named.account
+        FROM {keys:1} named JOIN customer_ties ties ON ties.account = named.account
             AND ties.livemode = named.livemode AND customer_id = named.key
         """,
     "entitlements": """
-        SELECT user_id, plan_code, entitlements, status, activated_at, valid_until, version
-        FROM {texts:users} named JOIN user_entitlements ON user_id = named.text
+        SELECT user_id, plan_code, CAST(entitlements AS text), status, activated_at, valid_until, version
+        FROM {texts:1} named JOIN user_entitlements ON user_id = named.text
         """,
 }
-_SQL["facts_until"] = _SQL["facts"].replace("{until}", "as_of <= :until")
+_SQL["facts_until"] = _SQL["facts"].replace("{until}", "as_of <= {2}")
 _SQL["facts"] = _SQL["facts"].replace("{until}", "true")
 
-_COLUMNS: dict[str, Any] = {
-    "livemode": sa.Boolean(),
-    "occurred_at": UtcDateTime(),
-    "activated_at": UtcDateTime(),
-    "valid_until": UtcDateTime(),
-    "entitlements": Json,
-}
-_TYPED = {
-    "ties": ("account", "livemode", "customer_id", "user_id", "via", "occurred_at", "event_id"),
-    "entitlements": (
-        "user_id",
-        "plan_code",
-        "entitlements",
-        "status",
-        "activated_at",
-        "valid_until",
-        "version",
-    ),
-}
 _ROWS = {
     "postgresql": {
         "keys": "(SELECT e->>0 AS account, (e->>1)::boolean AS livemode, e->>2 AS key"
-        " FROM jsonb_array_elements(CAST(:{} AS jsonb)) e)",
-        "texts": "(SELECT e AS text FROM jsonb_array_elements_text(CAST(:{} AS jsonb)) e)",
+        " FROM jsonb_array_elements($@::text::jsonb) e)",
+        "texts": "(SELECT e AS text FROM jsonb_array_elements_text($@::text::jsonb) e)",
+        "value": "$@",
     },
     "sqlite": {
         "keys": "(SELECT json_extract(value, '$[0]') AS account, json_extract(value, '$[1]') AS livemode,"
-        " json_extract(value, '$[2]') AS key FROM json_each(:{}))",
-        "texts": "(SELECT value AS text FROM json_each(:{}))",
+        " json_extract(value, '$[2]') AS key FROM json_each(?@))",
+        "texts": "(SELECT value AS text FROM json_each(?@))",
+        "value": "?@",
     },
 }
 
 
-def _statement(tx: Tx, name: str) -> Any:
-    return _built(tx.dialect.name, name)
-
-
 @functools.cache
-def _built(dialect: str, name: str) -> Any:
-    sql = _SQL[name]
-    for parameter in ("subjects", "customers", "users"):
-        for form, rows in _ROWS[dialect].items():
-            sql = sql.replace(f"{{{form}:{parameter}}}", rows.format(parameter))
-    # A colon of PostgreSQL's cast is not the start of a parameter.
-    statement = sa.text(sql.replace("::", "\\:\\:"))
-    if ":until" in sql:
-        statement = statement.bindparams(sa.bindparam("until", type_=UtcDateTime()))
-    if name not in _TYPED:
-        return statement
-    return statement.columns(*(sa.column(column, _COLUMNS.get(column)) for column in _TYPED[name]))
+def _statement(dialect: str, name: str) -> str:
+    forms = _ROWS[dialect]
+    return re.sub(
+        r"\{(?:(keys|texts):)?([1-3])\}",
+        lambda found: forms[found[1] or "value"].replace("@", found[2]),
+        _SQL[name].replace("{newest}", str(FACTS_PER_SUBJECT_MAX)),
+    )

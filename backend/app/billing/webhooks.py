@@ -51,11 +51,17 @@ DEADLINE_SECONDS = 8
 LANES = 3
 SQLITE_LANES = 1
 
+# What a delivery of an event that was processed before comes to.
+DUPLICATE = "duplicate"
+
 # A line each in the log at its usual level; the others would only repeat what the tables say.
 NOTEWORTHY_OUTCOMES = frozenset({"parked", "refused", "failed"})
 
 # One page of parked events is looked at between two short reads.
 PARKED_PAGE_EVENTS = 100
+
+# Made once: `json.dumps` makes one for each call that asks for other separators.
+_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 log = structlog.get_logger(__name__)
 
@@ -72,10 +78,15 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The body of the 200; `replayed` when an earlier delivery of the event was answered with the same bytes."""
+    """The body of the 200, and what became of the event, or that it is `duplicate`: an earlier delivery got these bytes."""
 
     body: bytes
-    replayed: bool = False
+    outcome: str
+
+    @property
+    def replayed(self) -> bool:
+        """Whether an earlier delivery of the event was answered with the same bytes."""
+        return self.outcome == DUPLICATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +144,7 @@ class BillingWebhooks:
             genuine = self._verify(delivery)
             structlog.contextvars.bind_contextvars(event_id=genuine.event.envelope.id)
             answer = await self._answer(genuine)
-            outcome = "duplicate" if answer.replayed else json.loads(answer.body)["status"]
+            outcome = answer.outcome
         except AppError as error:
             outcome = "refused" if error.status < 500 else "failed"  # noqa: PLR2004  # HTTP's server errors
             raise
@@ -235,11 +246,12 @@ class BillingWebhooks:
     async def _answer(self, genuine: Genuine) -> Answer:
         envelope = genuine.event.envelope
         if envelope.id == DASHBOARD_TEST_EVENT_ID:
-            return Answer(body=answer_body(envelope, Decision(status=Status.IGNORED)))
+            ignored = Decision(status=Status.IGNORED)
+            return Answer(body=answer_body(envelope, ignored), outcome=ignored.status.value)
         remembered = await self._replay.check_replay_cache(genuine.signature_sha256)
         if remembered is not None:
             self._metrics.replay_blocked()
-            return Answer(body=remembered, replayed=True)
+            return Answer(body=remembered, outcome=DUPLICATE)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 answer = await self._submit(genuine)
@@ -286,7 +298,9 @@ class BillingWebhooks:
             mine = [genuine for genuine, is_mine in zip(batch, won, strict=True) if is_mine]
             decisions = await self._applier.apply(tx, [self._assertion(genuine) for genuine in mine], effects)
             answers = {
-                genuine.event.envelope.key: answer_body(genuine.event.envelope, decision)
+                genuine.event.envelope.key: Answer(
+                    body=answer_body(genuine.event.envelope, decision), outcome=decision.status.value
+                )
                 for genuine, decision in zip(mine, decisions, strict=True)
             }
             # After ours are written, so that a second delivery within the batch finds its answer too.
@@ -300,9 +314,9 @@ class BillingWebhooks:
             duration_ms=round((time.perf_counter() - started) * 1000, 1),
         )
         return [
-            Answer(body=answers[event.key])
+            answers[event.key]
             if is_mine
-            else Answer(body=stored[event.key].encode("ascii"), replayed=True)
+            else Answer(body=stored[event.key].encode("ascii"), outcome=DUPLICATE)
             for event, is_mine in zip(events, won, strict=True)
         ]
 
@@ -404,4 +418,4 @@ def answer_body(event: Event, decision: Decision) -> bytes:
         "user_id": decision.user_id,
         "plan_code": decision.plan_code,
     }
-    return json.dumps(document, separators=(",", ":")).encode("ascii")
+    return _COMPACT_JSON.encode(document).encode("ascii")

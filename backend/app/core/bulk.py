@@ -13,12 +13,12 @@ import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from backend.app.core.database import Tx, UtcDateTime
+from backend.app.core.database import Tx, UtcDateTime, fetch, sqlite_instant
 
 Row = Mapping[str, Any]
 _Computed = tuple[tuple[str, str], ...]
@@ -67,7 +67,7 @@ async def insert_all(tx: Tx, inserts: Sequence[Insert]) -> None:
         parameters = [
             array for insert in wanted for array in _arrays(insert.table, insert.columns, insert.rows)
         ]
-        await tx.exec_driver_sql(_postgresql_inserts(shape), tuple(parameters))
+        await fetch(tx, _postgresql_inserts(shape), tuple(parameters))
         return
     for insert in wanted:
         columns = insert.columns
@@ -113,7 +113,7 @@ async def insert_new(
                 ]
             ),
         )
-    result = await tx.exec_driver_sql(sql, parameters)
+    result = await fetch(tx, sql, parameters)
     booleans = [isinstance(table.c[name].type, sa.Boolean) for name in key]
     return {
         tuple(bool(value) if is_boolean else value for value, is_boolean in zip(row, booleans, strict=True))
@@ -197,15 +197,14 @@ def _postgresql_cast(column: sa.Column[Any]) -> str:
 def _sqlite_writer(table: sa.Table, column: str) -> Callable[[Any], Any]:
     kind = table.c[column].type
     if isinstance(kind, UtcDateTime):
-        return _sqlite_instant
+        return _sqlite_instant_or_null
     if isinstance(kind, sa.JSON):
         return _json_text
     return _sqlite_boolean if isinstance(kind, sa.Boolean) else _same
 
 
-def _sqlite_instant(value: datetime | None) -> str | None:
-    """As SQLAlchemy writes it, so that rows written either way sort and compare alike."""
-    return None if value is None else value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+def _sqlite_instant_or_null(value: datetime | None) -> str | None:
+    return None if value is None else sqlite_instant(value)
 
 
 def _sqlite_boolean(value: bool | None) -> int | None:
@@ -218,4 +217,8 @@ def _same(value: Any) -> Any:
 
 
 def _json_text(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, separators=(",", ":"))
+    return None if value is None else _COMPACT_JSON.encode(value)
+
+
+# Made once: `json.dumps` makes one for each call that asks for other separators.
+_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))

@@ -14,7 +14,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from backend.app.billing.domain.access import Reading
-from backend.app.billing.domain.catalog import Catalog
+from backend.app.billing.domain.catalog import Catalog, Plan
 from backend.app.billing.domain.facts import (
     CheckoutFact,
     CustomerId,
@@ -172,7 +172,7 @@ def decide(
                 subject=subject,
                 user_id=fact.metadata_user_id or user_id,
                 # Its price, if mapped; metadata beside it may be older than the source's own plan.
-                plan_code=_payment_plan(catalog, replace(fact, metadata_plan_code=None)) or plan_code,
+                plan_code=_code(resolve_plan(catalog, fact.price, None)) or plan_code,
             )
             for fact in translation.payments
         ),
@@ -202,15 +202,17 @@ class _Scope:
 
 def _with_ties(state: State, scope: _Scope, new: Sequence[Tie]) -> tuple[State, set[CustomerId]]:
     """The state with more ties, and the customers whose user is another than before."""
+    if not new:
+        return state, set()
     ties = dict(state.ties)
+    named = {scope.customer(tie.customer_id) for tie in new}
     for tie in new:
         customer = scope.customer(tie.customer_id)
         ties[customer] = ties.get(customer, frozenset()) | {tie}
     after = replace(state, ties=ties)
-    tied = {
-        customer for customer in ties if after.user_of_customer(customer) != state.user_of_customer(customer)
+    return after, {
+        customer for customer in named if after.user_of_customer(customer) != state.user_of_customer(customer)
     }
-    return after, tied
 
 
 def _touched(
@@ -250,9 +252,9 @@ def _with_owners(state: State, touched: Iterable[SubjectId]) -> tuple[State, lis
         before, after = sources[source_id].user_id, state.owner_of(source_id)
         concerned |= {user for user in (before, after) if user is not None}
         if after != before:
-            sources[source_id] = replace(sources[source_id], user_id=after)
+            sources[source_id] = Owned(customer_id=sources[source_id].customer_id, user_id=after)
             moved.append(source_id)
-    return replace(state, sources=sources), moved, concerned
+    return (replace(state, sources=sources) if moved else state), moved, concerned
 
 
 def _with_entitlements(
@@ -263,8 +265,8 @@ def _with_entitlements(
     for user_id in sorted(users):
         # What has occurred is in force, also where our clock is a little behind Stripe's.
         at = max(now, state.newest_as_of(user_id) or now)
-        after = entitlement_of(catalog, user_id, state.readings_of(catalog, user_id), at=at)
         before = entitlements.get(user_id)
+        after = entitlement_of(catalog, user_id, state.readings_of(catalog, user_id), at=at)
         kind = kind_of_change(catalog, before, after)
         if kind is None:
             continue
@@ -276,7 +278,7 @@ def _with_entitlements(
         )
         entitlements[user_id] = after
         changes.append(EntitlementChange(kind=kind, before=before, after=after))
-    return replace(state, entitlements=entitlements), changes
+    return (replace(state, entitlements=entitlements) if changes else state), changes
 
 
 def kind_of_change(catalog: Catalog, before: Entitlement | None, after: Entitlement) -> Change | None:
@@ -343,7 +345,10 @@ def _plan_code_of(catalog: Catalog, translation: Translation, reading: Reading |
 
 
 def _payment_plan(catalog: Catalog, fact: PaymentFact) -> str | None:
-    plan = resolve_plan(catalog, fact.price, fact.metadata_plan_code)
+    return _code(resolve_plan(catalog, fact.price, fact.metadata_plan_code))
+
+
+def _code(plan: Plan | None) -> str | None:
     return plan.code if plan else None
 
 
@@ -460,8 +465,9 @@ def _duplicate_plans(catalog: Catalog, state: State, users: Iterable[str], now: 
 def _rereads(state: State, facts: Iterable[tuple[SubjectId, Fact]], reason: str | None) -> Iterable[Reread]:
     """What only Stripe can settle: snapshots of one second that don't tell their order, lines that were not sent."""
     for subject, fact in facts:
-        known = [other for other in state.facts[subject] if isinstance(other, SubscriptionFact)]
-        open_order = isinstance(fact, SubscriptionFact) and not is_settled(known)
+        open_order = isinstance(fact, SubscriptionFact) and not is_settled(
+            [other for other in state.facts[subject] if isinstance(other, SubscriptionFact)]
+        )
         open_lines = isinstance(fact, CheckoutFact) and not fact.lines and reason == NO_PLAN_NAMED
         if open_order or open_lines:
             yield Reread(

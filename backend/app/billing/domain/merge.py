@@ -97,7 +97,9 @@ def feature_value(
     catalog: Catalog, key: str, live: Sequence[Access]
 ) -> tuple[FeatureValue, tuple[Access, ...]]:
     """A feature's value from the accesses that are live, and the accesses that give it this value."""
-    feature = catalog.features[key]
+    feature, default = catalog.features[key], catalog.default_plan.features[key]
+    if not live:
+        return default, ()
     overrides = [access for access in live if access.is_override and key in access.features]
     if overrides:
         # Of several overrides the newest was meant to replace the others.
@@ -111,7 +113,7 @@ def feature_value(
             given.append((feature.times(access.plan.features[key], access.quantity), access))
         if key in access.features:
             given.append((access.features[key], access))
-    value = feature.merged(catalog.default_plan.features[key], [value for value, _ in given])
+    value = feature.merged(default, [value for value, _ in given])
     if feature.is_additive:
         return value, tuple(access for _, access in given)
     return value, tuple(access for own, access in given if own == value)

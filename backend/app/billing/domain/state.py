@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -33,12 +33,15 @@ class Owned:
     user_id: str | None
 
 
+_NOBODYS = Owned(customer_id=None, user_id=None)
+
+
 @dataclass(slots=True)
 class _Memo:
     """Answers of one state, which never changes."""
 
     sources: dict[SubjectId, Source] = field(default_factory=dict)
-    readings: dict[int, dict[SubjectId, Reading | None]] = field(default_factory=dict)
+    readings: dict[tuple[int, SubjectId], Reading | None] = field(default_factory=dict)
     children: dict[SubjectId, list[SubjectId]] = field(default_factory=dict)
 
 
@@ -79,12 +82,13 @@ class State:
     def reading(self, catalog: Catalog, source_id: SubjectId) -> Reading | None:
         """What a source comes to."""
         # By identity: two catalogs may be compared on one state, and both outlive it.
-        readings = self._memo.readings.setdefault(id(catalog), {})
-        if source_id not in readings:
-            readings[source_id] = read_source(
+        name = (id(catalog), source_id)
+        readings = self._memo.readings
+        if name not in readings:
+            readings[name] = read_source(
                 catalog, self.source(source_id), is_part_of_another=bool(self.parents.get(source_id))
             )
-        return readings[source_id]
+        return readings[name]
 
     def readings_of(self, catalog: Catalog, user_id: str) -> list[Reading]:
         """What each source of a user comes to."""
@@ -157,6 +161,8 @@ class State:
 
     def with_facts(self, facts: Mapping[SubjectId, Fact]) -> State:
         """With one more fact each; a fact of an event that is known already changes nothing."""
+        if not facts:
+            return self
         known = dict(self.facts)
         sources = dict(self.sources)
         for subject, fact in facts.items():
@@ -165,14 +171,16 @@ class State:
             ):
                 known[subject] = (*known.get(subject, ()), fact)
             if is_source(subject, fact):
-                owned = sources.get(subject, Owned(customer_id=None, user_id=None))
-                sources[subject] = replace(
-                    owned, customer_id=owned.customer_id or getattr(fact, "customer_id", None)
-                )
+                owned = sources.get(subject, _NOBODYS)
+                if owned.customer_id is None:
+                    owned = Owned(customer_id=getattr(fact, "customer_id", None), user_id=owned.user_id)
+                sources[subject] = owned
         return replace(self, facts=known, sources=sources)
 
-    def with_parents(self, links: Iterable[tuple[SubjectId, SubjectId]]) -> State:
+    def with_parents(self, links: Collection[tuple[SubjectId, SubjectId]]) -> State:
         """With more links from children to parents."""
+        if not links:
+            return self
         parents = dict(self.parents)
         for child, parent in links:
             parents[child] = parents.get(child, frozenset()) | {parent}

@@ -26,21 +26,24 @@ _DELETED = "customer.subscription.deleted"
 
 def in_order(facts: Iterable[SubscriptionFact]) -> list[SubscriptionFact]:
     """The snapshots from the oldest to the one that counts."""
+    facts = list(facts)
+    if len(facts) == 1:
+        return facts
     ordered: list[SubscriptionFact] = []
-    by_time = sorted(facts, key=lambda fact: (fact.status in TERMINAL_STATUSES, fact.as_of, _hint(fact)))
-    for _, group in groupby(by_time, key=lambda fact: (fact.status in TERMINAL_STATUSES, fact.as_of)):
+    by_time = sorted(facts, key=_time)
+    for _, group in groupby(by_time, key=_time):
         same_second = list(group)
         if len(same_second) == 1:
             ordered += same_second
         else:
-            ordered += _chained(same_second, ordered[-1] if ordered else None)
+            ordered += _chained(sorted(same_second, key=_hint), ordered[-1] if ordered else None)
     return ordered
 
 
 def is_settled(facts: Iterable[SubscriptionFact]) -> bool:
     """Whether the events themselves tell which snapshot counts; where not, the order is only the same each time."""
     ordered = in_order(facts)
-    if not ordered or ordered[-1].status in TERMINAL_STATUSES or ordered[-1].event_type == _DELETED:
+    if len(ordered) <= 1 or ordered[-1].status in TERMINAL_STATUSES or ordered[-1].event_type == _DELETED:
         return True
     newest = [fact for fact in ordered if fact.as_of == ordered[-1].as_of]
     updates = [fact for fact in newest if fact.event_type != _CREATED]
@@ -52,6 +55,10 @@ def is_settled(facts: Iterable[SubscriptionFact]) -> bool:
         return False
     # Each must follow the one before it; the first has nothing to follow where nothing older is known.
     return all(_follows(later, earlier) for earlier, later in pairwise([*before[-1:], *updates]))
+
+
+def _time(fact: SubscriptionFact) -> tuple[bool, datetime]:
+    return fact.status in TERMINAL_STATUSES, fact.as_of
 
 
 def _hint(fact: SubscriptionFact) -> tuple[int, datetime, str]:
