@@ -201,7 +201,7 @@ def _for_asyncpg(url: URL) -> URL:
 
 
 async def fetch(tx: Tx, sql: str, parameters: tuple[Any, ...] = ()) -> Sequence[Sequence[Any]]:
-    """The rows of a fixed statement, as the driver gives them: for what is asked with every delivery.
+    """The rows of a fixed statement, if it gives any, as the driver has them: for what every delivery asks.
 
     `sql` is in the driver's own words: `$1` on PostgreSQL, `?1` on SQLite. Going round SQLAlchemy's machinery
     takes a quarter of the CPU; asyncpg keeps the statement prepared by its text.
@@ -212,7 +212,8 @@ async def fetch(tx: Tx, sql: str, parameters: tuple[Any, ...] = ()) -> Sequence[
         if driver is not None and driver.is_in_transaction():
             rows: Sequence[Sequence[Any]] = await driver.fetch(sql, *parameters)
             return rows
-    return (await tx.exec_driver_sql(sql, parameters)).all()
+    result = await tx.exec_driver_sql(sql, parameters)
+    return result.all() if result.returns_rows else ()
 
 
 def known_instant(value: datetime | str) -> datetime:

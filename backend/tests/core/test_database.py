@@ -1,10 +1,14 @@
-"""The database's URL as users have it, and the driver's as it wants it."""
+"""The database's URL as users have it, and what comes straight from its driver."""
 
 from __future__ import annotations
 
-import pytest
+import traceback
 
-from backend.app.core.database import async_url
+import asyncpg  # type: ignore[import-untyped]  # the driver ships no types
+import pytest
+import sqlalchemy as sa
+
+from backend.app.core.database import Database, async_url, fetch
 
 
 @pytest.mark.parametrize(
@@ -32,3 +36,43 @@ def test_a_url_as_hosting_services_hand_it_out_is_understood(given: str, meant: 
 def test_a_url_that_can_not_work_is_refused_with_its_reason(given: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         async_url(given)
+
+
+async def test_an_error_of_the_database_tells_no_value_of_a_row(migrated_url: str) -> None:
+    database = Database.open(migrated_url)
+
+    async def use_twice() -> None:
+        async with database.transaction() as tx:
+            for _ in range(2):
+                await fetch(tx, _insert(database), ("confidential",))
+
+    try:
+        with pytest.raises((sa.exc.IntegrityError, asyncpg.UniqueViolationError)) as caught:
+            await use_twice()
+        assert "confidential" not in "".join(traceback.format_exception(caught.value))
+    finally:
+        await database.close()
+
+
+async def test_rows_asked_of_the_driver_itself_are_part_of_the_transaction(migrated_url: str) -> None:
+    database = Database.open(migrated_url)
+
+    async def fail_after_writing() -> None:
+        async with database.transaction() as tx:
+            await fetch(tx, "DELETE FROM claim_link_uses")
+            await fetch(tx, _insert(database), ("link_1",))
+            assert await fetch(tx, "SELECT link_id FROM claim_link_uses") == [("link_1",)]
+            raise ZeroDivisionError
+
+    try:
+        with pytest.raises(ZeroDivisionError):
+            await fail_after_writing()
+        async with database.snapshot() as tx:
+            assert not await fetch(tx, "SELECT link_id FROM claim_link_uses")
+    finally:
+        await database.close()
+
+
+def _insert(database: Database) -> str:
+    value = "?1" if database.is_sqlite else "$1"
+    return f"INSERT INTO claim_link_uses VALUES ({value}, 'usr_1', '2026-01-01 00:00:00.000000')"

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from structlog.testing import capture_logs
 
 from backend.app.billing import webhooks
@@ -27,6 +26,7 @@ from backend.app.simulator.truth import read_terms
 from backend.app.simulator.world import START, Plan, live
 from backend.tests.faults import events
 from backend.tests.support.billing import Harness
+from backend.tests.support.statements import watched_statements
 
 USERS = 12
 ROUGH = Network(duplicates=0.3, disorder=0.4, delay=0.1, loss=0.0)
@@ -36,16 +36,10 @@ ROUGH = Network(duplicates=0.3, disorder=0.4, delay=0.1, loss=0.0)
 def statements(harness: Harness) -> Iterator[list[str]]:
     """The statements that a service sends while the block runs."""
     seen: list[str] = []
-
-    def before(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
-
-    engine = harness.service.database.engine.sync_engine
-    sa.event.listen(engine, "before_cursor_execute", before)
-    try:
+    with watched_statements(
+        harness.service.database, before=lambda statement, _parameters: seen.append(statement)
+    ):
         yield seen
-    finally:
-        sa.event.remove(engine, "before_cursor_execute", before)
 
 
 async def test_whole_lives_delivered_at_once_end_as_the_truth_and_the_replay_say(service: Harness) -> None:

@@ -22,6 +22,7 @@ from backend.tests.faults.events import EPOCH, SCENARIOS
 from backend.tests.faults.ledger import Ledger, open_ledger, state_of, without_trace
 from backend.tests.faults.report import report
 from backend.tests.support.billing import Harness, running_service
+from backend.tests.support.statements import watched_statements
 
 AFTER_COMMIT = "after commit"
 
@@ -62,21 +63,14 @@ def passing(name: str) -> None:
         boundaries.passing(name)
 
 
-def watch(harness: Harness) -> None:
-    """Makes the engine of a service report every boundary of a transaction."""
+@contextlib.contextmanager
+def watching(harness: Harness) -> Iterator[None]:
+    """Makes a service report every boundary of its transactions."""
     engine = harness.service.database.engine.sync_engine
 
     @sa.event.listens_for(engine, "begin")
     def on_begin(_connection: Any) -> None:
         passing("begin")
-
-    @sa.event.listens_for(engine, "before_cursor_execute")
-    def before_statement(_c: Any, _u: Any, statement: str, *_rest: Any) -> None:
-        passing(f"before {statement.split(maxsplit=1)[0]}")
-
-    @sa.event.listens_for(engine, "after_cursor_execute")
-    def after_statement(_c: Any, _u: Any, statement: str, *_rest: Any) -> None:
-        passing(f"after {statement.split(maxsplit=1)[0]}")
 
     @sa.event.listens_for(engine, "commit")
     def before_commit(_connection: Any) -> None:
@@ -89,6 +83,12 @@ def watch(harness: Harness) -> None:
         passing(AFTER_COMMIT)
 
     engine.dialect.do_commit = commit  # type: ignore[method-assign]
+    with watched_statements(
+        harness.service.database,
+        before=lambda statement, _: passing(f"before {statement.split(maxsplit=1)[0]}"),
+        after=lambda statement, _: passing(f"after {statement.split(maxsplit=1)[0]}"),
+    ):
+        yield
 
 
 @coroutine
@@ -128,7 +128,8 @@ async def quiet_service(url: str) -> AsyncIterator[tuple[Harness, Ledger]]:
     async with running_service(url) as harness, open_ledger(url) as ledger:
         harness.clock.instant = datetime.fromtimestamp(EPOCH + 60, UTC)
         await harness.service.relay.stop()
-        yield harness, ledger
+        with watching(harness):
+            yield harness, ledger
 
 
 async def with_boundaries(boundaries: Boundaries, work: Awaitable[Any]) -> Any:
@@ -173,7 +174,6 @@ async def test_an_error_at_any_statement_leaves_nothing_half_done_and_the_next_d
 ) -> None:
     injected: Counter[str] = Counter()
     async with quiet_service(migrated_url) as (harness, ledger):
-        watch(harness)
         final, passed = await undisturbed(harness, ledger, name)
         assert passed.count(AFTER_COMMIT) == 1, "the shell commits once"
         for target, place in enumerate(passed):
@@ -219,7 +219,6 @@ async def test_a_cancellation_at_any_await_leaves_all_or_nothing_and_the_next_de
     migrated_url: str, name: str
 ) -> None:
     async with quiet_service(migrated_url) as (harness, ledger):
-        watch(harness)
         final, _ = await undisturbed(harness, ledger, name)
         webhooks = harness.service.webhooks
         committer = webhooks._committer

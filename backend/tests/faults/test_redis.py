@@ -7,7 +7,6 @@ from collections.abc import Callable
 from statistics import median
 
 import pytest
-import sqlalchemy as sa
 
 from backend.app import main
 from backend.app.billing import security
@@ -16,6 +15,7 @@ from backend.tests.faults.ledger import assert_processed_once, open_ledger
 from backend.tests.faults.report import report
 from backend.tests.support.billing import Harness, running_service
 from backend.tests.support.servers import ValkeyServer
+from backend.tests.support.statements import watched_statements
 
 DELIVERIES = 120
 FAULT_AT, REPAIR_AT = 30, 90
@@ -103,15 +103,14 @@ async def test_an_exact_replay_is_answered_from_redis_without_the_database_and_c
         counters = ("billing_webhook_replay_block_total", "idempotent_hits_total")
         before = [await harness.metric(name) for name in counters]
 
-        @sa.event.listens_for(harness.service.database.engine.sync_engine, "before_cursor_execute")
-        def before_statement(_c: object, _u: object, statement: str, *_rest: object) -> None:
-            statements.append(statement)
-
-        replay = await harness.deliver(event)
-        assert statements == []
-        harness.clock.advance(seconds=1)
-        retry = await harness.deliver(event)
-        assert statements, "another signature is not known to Redis: the database answers"
+        with watched_statements(
+            harness.service.database, before=lambda statement, _parameters: statements.append(statement)
+        ):
+            replay = await harness.deliver(event)
+            assert statements == []
+            harness.clock.advance(seconds=1)
+            retry = await harness.deliver(event)
+            assert statements, "another signature is not known to Redis: the database answers"
         after = [await harness.metric(name) for name in counters]
     assert first.content == replay.content == retry.content
     assert "idempotent-replayed" not in first.headers
