@@ -10,6 +10,7 @@ which are what they were can be told by comparing texts, before anything is deco
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +25,11 @@ from backend.app.billing.domain.state import Owned, State
 from backend.app.billing.store_state import FACTS_PER_SUBJECT_MAX
 from backend.app.core.database import NOW_SQL, Tx, UtcDateTime
 
-_Account, _Livemode, _Key = str, bool, str
 _Facts = list[Annotated[Fact, Field(discriminator="kind")]]
-_SOURCES: TypeAdapter[list[tuple[_Account, _Livemode, _Key, str | None]]] = TypeAdapter(
-    list[tuple[_Account, _Livemode, _Key, str | None]]
-)
-_SUBJECTS: TypeAdapter[list[tuple[_Account, _Livemode, _Key, list[_Key] | None, _Facts | None]]] = TypeAdapter(
-    list[tuple[_Account, _Livemode, _Key, list[_Key] | None, _Facts | None]]
-)
+# Account, livemode, key and customer of each source.
+_SOURCES = TypeAdapter(list[tuple[str, bool, str, str | None]])
+# Account, livemode, key, the parents' keys and the facts of each subject.
+_SUBJECTS = TypeAdapter(list[tuple[str, bool, str, list[str] | None, _Facts | None]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,11 @@ class UserRows:
     subjects: str
     version: int
     activated_at: datetime | None
+
+    def sha256(self) -> bytes:
+        """Tells rows from others of the same user."""
+        told = f"{self.sources}\n{self.subjects}\n{self.version}\n{self.activated_at}"
+        return hashlib.sha256(told.encode()).digest()
 
     def state(self) -> State:
         """The sources with all that bears on them."""
