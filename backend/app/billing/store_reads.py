@@ -94,15 +94,14 @@ async def load_users(
 _SQL = """
     WITH RECURSIVE named(place, user_id) AS ({named}), owned AS (
         SELECT place, account, livemode, source_key, customer_id
-        FROM named JOIN sources ON sources.user_id = named.user_id
+        FROM named JOIN {sources}
     ), reached(place, account, livemode, key) AS (
         SELECT place, account, livemode, source_key FROM owned
         UNION SELECT place, account, livemode, 'cus:' || customer_id FROM owned WHERE customer_id IS NOT NULL
         UNION SELECT place, account, livemode, 'acct:' || account FROM owned WHERE account <> ''
         UNION
         SELECT reached.place, links.account, links.livemode, links.child
-        FROM reached JOIN links ON links.account = reached.account
-            AND links.livemode = reached.livemode AND links.parent = reached.key
+        FROM reached JOIN {links}
     ), gathered_sources AS (
         SELECT place, {rows}({json}(source)) AS sources FROM (
             SELECT place, {row}(account, livemode, source_key, customer_id) AS source
@@ -136,8 +135,13 @@ _SQL = """
     FROM named
         LEFT JOIN gathered_sources ON gathered_sources.place = named.place
         LEFT JOIN gathered_subjects ON gathered_subjects.place = named.place
-        LEFT JOIN user_entitlements ON user_entitlements.user_id = named.user_id
+        LEFT JOIN {user_entitlements}
     """
+_JOINED = {
+    "sources": "sources.user_id = named.user_id",
+    "links": "links.account = reached.account AND links.livemode = reached.livemode AND links.parent = reached.key",
+    "user_entitlements": "user_entitlements.user_id = named.user_id",
+}
 _WORDS = {
     "postgresql": {
         "named": "SELECT number - 1, text FROM"
@@ -145,12 +149,19 @@ _WORDS = {
         "row": "json_build_array",
         "rows": "json_agg",
         "json": "",
+        # One user's or subject's rows at a time, by their index: PostgreSQL takes names in a parameter for a hundred
+        # rows or more, and would rather read the whole of a table that is not large yet.
+        **{
+            table: f"LATERAL (SELECT * FROM {table} WHERE {condition} OFFSET 0) {table} ON true"  # noqa: S608  # our own words
+            for table, condition in _JOINED.items()
+        },
     },
     "sqlite": {
         "named": "SELECT key, value FROM json_each(:users)",
         "row": "json_array",
         "rows": "json_group_array",
         "json": "json",
+        **{table: f"{table} ON {condition}" for table, condition in _JOINED.items()},
     },
 }
 
