@@ -78,7 +78,7 @@ async def load_users(
     Beside each the database's clock, read after the rows.
     """
     found = await tx.execute(
-        _statement(tx.dialect.name, is_bounded=until is not None),
+        statement(tx.dialect.name, is_bounded=until is not None),
         {"users": json.dumps(users), "newest": FACTS_PER_SUBJECT_MAX}
         | ({} if until is None else {"until": until}),
     )
@@ -167,14 +167,15 @@ _WORDS = {
 
 
 @functools.cache
-def _statement(dialect: str, *, is_bounded: bool) -> Any:
+def statement(dialect: str, *, is_bounded: bool) -> Any:
+    """The statement of `load_users`, with the parameters users, newest and, where it is bounded, until."""
     sql = _SQL.format(
         **_WORDS[dialect], now=NOW_SQL[dialect], until="as_of <= :until" if is_bounded else "true"
     )
-    statement = sa.text(sql)
+    text = sa.text(sql)
     if is_bounded:
-        statement = statement.bindparams(sa.bindparam("until", type_=UtcDateTime()))
-    return statement.columns(
+        text = text.bindparams(sa.bindparam("until", type_=UtcDateTime()))
+    return text.columns(
         sa.column("place"),
         sa.column("sources"),
         sa.column("subjects"),

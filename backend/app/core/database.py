@@ -122,6 +122,8 @@ class Database:
                     "server_settings": {
                         "application_name": "tollkeeper",
                         "timezone": "UTC",
+                        # Our statements take a millisecond or two; to compile one may take a second.
+                        "jit": "off",
                         "lock_timeout": f"{LOCK_WAIT_SECONDS}s",
                         "statement_timeout": f"{STATEMENT_SECONDS_MAX}s",
                         "idle_in_transaction_session_timeout": f"{2 * STATEMENT_SECONDS_MAX}s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from backend.app.core.api_keys import Scope
 from backend.app.core.settings import Settings
 from backend.app.main import Service, create_app
 from backend.tests.support.leaks import must_stay_secret
+from backend.tests.support.statements import watched_statements
 
 WEBHOOK_SECRET = "whsec_test_0123456789abcdefghijklmnop"
 
@@ -113,6 +114,16 @@ async def running_service(database_url: str, **overrides: Any) -> AsyncIterator[
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://tollkeeper.test") as client:
             yield Harness(app=app, service=app.state.service, client=client, clock=clock)
+
+
+@contextlib.contextmanager
+def statements(harness: Harness) -> Iterator[list[str]]:
+    """The statements that a service sends while the block runs."""
+    seen: list[str] = []
+    with watched_statements(
+        harness.service.database, before=lambda statement, _parameters: seen.append(statement)
+    ):
+        yield seen
 
 
 def unix_now() -> int:
