@@ -124,7 +124,7 @@ class Answers:
         forms: dict[str, dict[str, Form]] = {}
         for question in questions:
             forms.setdefault(question.user_id, {})[question.form.name] = question.form
-        async with self._database.snapshot() as tx:
+        async with self._database.reading() as tx:
             found = await store_reads.load_users(tx, list(forms))
         answered = {
             rows.user_id: self._answered(rows, now, forms[rows.user_id], reading) for rows, now in found

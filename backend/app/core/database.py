@@ -2,6 +2,7 @@
 
     async with database.transaction() as tx: ...   # reads and writes; commits at the end
     async with database.snapshot() as tx: ...      # reads only
+    async with database.reading() as tx: ...       # one statement that reads
 
 A function that needs an open transaction takes `tx` as its first parameter and does no network
 of its own. SQLite and PostgreSQL behave alike from outside; what differs is in this file.
@@ -165,6 +166,16 @@ class Database:
             async with tx.begin() as transaction:
                 yield tx
                 await transaction.rollback()
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[Tx]:
+        """For a single statement that reads: by itself it sees one state of the database, without a transaction around it."""
+        if self.is_sqlite:
+            async with self.snapshot() as tx:
+                yield tx
+        else:
+            async with _store_errors(), self.engine.connect() as connection:
+                yield await connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextlib.asynccontextmanager
     async def migration(self) -> AsyncIterator[Tx]:

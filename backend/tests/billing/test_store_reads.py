@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 import pytest
@@ -16,7 +15,7 @@ from backend.app.simulator import objects
 from backend.app.simulator.objects import MONTH_SECONDS
 from backend.app.simulator.truth import read_terms
 from backend.app.simulator.world import START, Plan, live
-from backend.tests.support.billing import Harness, statements
+from backend.tests.support.billing import Harness, deliver_all, statements
 
 USERS = 10
 
@@ -25,10 +24,7 @@ async def live_lives(harness: Harness) -> list[str]:
     """Some simulated users' whole lives, delivered; their ids, and one that nobody has heard of."""
     plan = Plan(seed=12, start=START, days=90, terms=read_terms(SHIPPED_CATALOG.read_text("utf-8")))
     histories = [live(plan, number) for number in range(USERS)]
-    answers = await asyncio.gather(
-        *(harness.deliver(event) for history in histories for event in history.events)
-    )
-    assert {answer.status_code for answer in answers} == {200}
+    await deliver_all(harness, histories)
     return [*(history.user_id for history in histories), "usr_nobody"]
 
 

@@ -24,7 +24,13 @@ from backend.app.main import SHIPPED_CATALOG
 from backend.app.simulator import objects
 from backend.app.simulator.truth import read_terms
 from backend.app.simulator.world import START, Plan, live
-from backend.tests.support.billing import WEBHOOK_SECRET, Harness, running_service, statements
+from backend.tests.support.billing import (
+    WEBHOOK_SECRET,
+    Harness,
+    deliver_all,
+    running_service,
+    statements,
+)
 from backend.tests.support.server_directory import work_directory
 from backend.tests.support.servers import PostgresServer
 from backend.tests.support.service import ServiceProcess
@@ -74,7 +80,7 @@ async def test_every_form_of_every_users_answer_is_what_is_computed_anew(service
     """Simulated lives with all that a seller meets, asked about all at once, twice."""
     plan = Plan(seed=23, start=START, days=90, terms=read_terms(SHIPPED_CATALOG.read_text("utf-8")))
     histories = [live(plan, number) for number in range(USERS)]
-    await asyncio.gather(*(service.deliver(event) for history in histories for event in history.events))
+    await deliver_all(service, histories)
     users = [*(history.user_id for history in histories), "usr_nobody"]
     headers = await reader(service)
     catalog = service.service.catalog

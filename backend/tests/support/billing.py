@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from backend.app.billing.security import sign
 from backend.app.core.api_keys import Scope
 from backend.app.core.settings import Settings
 from backend.app.main import Service, create_app
+from backend.app.simulator.world import History
 from backend.tests.support.leaks import must_stay_secret
 from backend.tests.support.statements import watched_statements
 
@@ -124,6 +126,17 @@ def statements(harness: Harness) -> Iterator[list[str]]:
         harness.service.database, before=lambda statement, _parameters: seen.append(statement)
     ):
         yield seen
+
+
+async def deliver_all(harness: Harness, histories: Iterable[History]) -> None:
+    """Whole simulated lives: each user's events in their order, all users side by side."""
+
+    async def deliver(history: History) -> None:
+        for event in history.events:
+            response = await harness.deliver(event)
+            assert response.status_code == 200, response.text
+
+    await asyncio.gather(*(deliver(history) for history in histories))
 
 
 def unix_now() -> int:
