@@ -143,7 +143,7 @@ class Answers:
         missing = [form for name, form in forms.items() if name not in representations]
         if missing:
             view = view_of(self.catalog, rows, now=now)
-            until = next(iter(boundaries((reading for _, reading in view.readings), view.at)), None)
+            until = next(iter(boundaries((source for _, source in view.readings), view.at)), None)
             for form in missing:
                 representations[form.name] = Representation.of(form.document(view))
         # Of two reads side by side the one that began first may end last.
