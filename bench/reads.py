@@ -8,20 +8,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from backend.app.billing.answers import HELD_USERS_MAX
 from backend.app.core.api_keys import ApiKeys, Scope
 from backend.app.core.clock import SystemClock
 from backend.app.core.database import Database
+from backend.tests.support.service import ServiceProcess
 from bench.contenders import CONTENDERS, Servers, running
+from bench.cpu import tree_cpu_seconds
 from bench.events import TYPES, make_workload, signed_requests, user_of
 from bench.load import HTTP_OK, BenchFailed, percentile, send_all
 
 CONNECTIONS = 16
-# More than fit into any cache of a connection, few enough to be there within a second.
-USERS = 400
+# More than a process holds answers about, asked about in turn: each question is read and decided anew.
+USERS = HELD_USERS_MAX + 400
+# Few enough that each is asked about again while its answer is held.
+FEW_USERS = 100
 SEEDING_CONNECTIONS = 64
 WARM_UP_REQUESTS = 100
 REQUESTS_MIN = 200
 HTTP_NOT_MODIFIED = 304
+MICROSECONDS = 1_000_000
 # A feature of the shipped catalog.
 FEATURE = "copy_trading"
 SERVICE = "tollkeeper-1"
@@ -31,12 +37,16 @@ _ETAG = re.compile(rb"(?i)\r\netag:[ \t]*([^\r\n]+)")
 
 @dataclass(frozen=True, slots=True)
 class ReadSpeed:
-    """One kind of question: answers per second and latencies in milliseconds, one figure per round."""
+    """One kind of question: answers per second, latencies in ms, CPU of the service in microseconds per answer.
+
+    One figure per round.
+    """
 
     question: str
     per_second: Sequence[float]
     p50_ms: Sequence[float]
     p99_ms: Sequence[float]
+    service_cpu_us: Sequence[float | None]
 
 
 def measure_reads(servers: Servers, *, rounds: int, seconds: float) -> list[ReadSpeed]:
@@ -56,32 +66,43 @@ def measure_reads(servers: Servers, *, rounds: int, seconds: float) -> list[Read
             user_of("reads", number, place) for number in range(USERS // TYPES) for place in range(TYPES)
         ]
         plain = [_get(user, key) for user in users]
+        few = plain[:FEW_USERS]
         heads: list[bytes] = []
-        send_all(url, plain, connections=1, heads=heads)
-        known = [_get(user, key, etag=_etag(head)) for user, head in zip(users, heads, strict=True)]
+        send_all(url, few, connections=1, heads=heads)
+        known = [_get(user, key, etag=_etag(head)) for user, head in zip(users, heads, strict=False)]
+        evaluations = [_evaluate(user, key) for user in users]
         questions = {
-            "`GET /api/v1/entitlements/{user}`": (plain, HTTP_OK),
-            "the same with the ETag that is known (304)": (known, HTTP_NOT_MODIFIED),
-            "`POST /ofrep/v1/evaluate/flags/{key}`": ([_evaluate(user, key) for user in users], HTTP_OK),
+            "`GET /api/v1/entitlements/{user}`, read and decided anew": (plain, HTTP_OK),
+            "`GET`, answer held": (few, HTTP_OK),
+            "`GET` with the ETag that is known (304), answer held": (known, HTTP_NOT_MODIFIED),
+            "`POST /ofrep/v1/evaluate/flags/{key}`, read and decided anew": (evaluations, HTTP_OK),
+            "`POST`, answer held": (evaluations[:FEW_USERS], HTTP_OK),
         }
-        found: dict[str, list[tuple[float, float, float]]] = {question: [] for question in questions}
+        found: dict[str, list[tuple[float, float, float, float | None]]] = {
+            question: [] for question in questions
+        }
         for _ in range(rounds):
             for question, (requests, status) in questions.items():
-                found[question].append(_measured(url, requests, status, seconds))
+                found[question].append(_measured(service.service, requests, status, seconds))
     return [
         ReadSpeed(question, *(list(column) for column in zip(*rows, strict=True)))
         for question, rows in found.items()
     ]
 
 
-def _measured(url: str, requests: list[bytes], status: int, seconds: float) -> tuple[float, float, float]:
+def _measured(
+    service: ServiceProcess, requests: list[bytes], status: int, seconds: float
+) -> tuple[float, float, float, float | None]:
     warm_up = send_all(
-        url, requests[:WARM_UP_REQUESTS], connections=CONNECTIONS, expected=(status,)
+        service.url, requests[:WARM_UP_REQUESTS], connections=CONNECTIONS, expected=(status,)
     ).per_second
     count = max(REQUESTS_MIN, round(warm_up * seconds))
     repeated = (requests * (count // len(requests) + 1))[:count]
-    load = send_all(url, repeated, connections=CONNECTIONS, expected=(status,))
-    return load.per_second, percentile(load.latencies_ms, 0.5), percentile(load.latencies_ms, 0.99)
+    before = tree_cpu_seconds(service.pid)
+    load = send_all(service.url, repeated, connections=CONNECTIONS, expected=(status,))
+    after = tree_cpu_seconds(service.pid)
+    cpu_us = None if before is None or after is None else (after - before) / count * MICROSECONDS
+    return load.per_second, percentile(load.latencies_ms, 0.5), percentile(load.latencies_ms, 0.99), cpu_us
 
 
 async def _make_key(url: str) -> str:

@@ -10,7 +10,7 @@ from bench.contenders import CONTENDERS, Kind
 from bench.parts import PartCost
 from bench.pgbench import HOW_TO_GET, NOT_MEASURED, VARIANTS
 from bench.reads import CONNECTIONS as READ_CONNECTIONS
-from bench.reads import ReadSpeed
+from bench.reads import FEW_USERS, USERS, ReadSpeed
 from bench.rebuild import RebuildSpeed
 from bench.rounds import Effort, Sample, Samples
 from bench.spread import ratio, spread
@@ -83,7 +83,9 @@ both. Valkey's is not counted.""",
         sections += [
             f"## Reads at {READ_CONNECTIONS} connections, PostgreSQL, 1 worker",
             _reads(run.reads),
-            "Nothing is cached: each answer is computed from the stored facts, also where it turns out to be known.",
+            f"""Anew: {USERS:,} users are asked about in turn, more than a process holds answers about, so that each answer is
+read from the database and decided. Held: {FEW_USERS} users, whose answers are given out again for up to half a
+second ([decision 12](decisions/0012-held-answers.md)).""",
         ]
     if run.rebuilds:
         sections += ["## Rebuild", _rebuilds(run.rebuilds)]
@@ -230,9 +232,15 @@ def _parts(parts: Sequence[PartCost]) -> str:
 
 def _reads(reads: Sequence[ReadSpeed]) -> str:
     return _table(
-        ["Question", "answers/s", "p50 ms", "p99 ms"],
+        ["Question", "answers/s", "p50 ms", "p99 ms", "service CPU us"],
         [
-            [read.question, _text(read.per_second), _text(read.p50_ms, 1), _text(read.p99_ms, 1)]
+            [
+                read.question,
+                _text(read.per_second),
+                _text(read.p50_ms, 1),
+                _text(read.p99_ms, 1),
+                _text([value for value in read.service_cpu_us if value is not None]),
+            ]
             for read in reads
         ],
     )

@@ -19,12 +19,14 @@ from starlette.routing import Route
 
 from backend.app.billing import store
 from backend.app.billing.admin_routes import claim_routes, grant_routes, reprocess_routes
+from backend.app.billing.answers import Answers
 from backend.app.billing.claims import Claims
 from backend.app.billing.domain.catalog import Catalog, CatalogError, parse_catalog
 from backend.app.billing.entitlements import EntitlementService
 from backend.app.billing.grants import Grants
+from backend.app.billing.hot_reads import HotReads
 from backend.app.billing.list_routes import list_routes
-from backend.app.billing.ofrep import ofrep_routes
+from backend.app.billing.ofrep import Evaluations, ofrep_routes
 from backend.app.billing.parked import StoredEvents
 from backend.app.billing.pseudonymise import PSEUDONYMISE, Pseudonymiser
 from backend.app.billing.reread import REREAD, Rereader
@@ -68,6 +70,7 @@ class Service:
     metrics: MetricsCollector
     webhooks: BillingWebhooks
     entitlements: EntitlementService
+    answers: Answers
     grants: Grants
     claims: Claims
     stored_events: StoredEvents
@@ -125,6 +128,7 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Service:
         metrics=metrics,
         webhooks=webhooks,
         entitlements=EntitlementService(database, catalog),
+        answers=Answers(database, catalog),
         grants=Grants(
             database=database, catalog=catalog, webhooks=webhooks, clock=clock, livemode=settings.livemode
         ),
@@ -139,29 +143,11 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
     """The ASGI application of a service."""
     service = build(settings or Settings(), clock=clock)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        install_owner_alerts(service.alerts)
-        service.relay.start()
-        await service.webhooks.rerun_parked()
-        try:
-            yield
-        finally:
-            await service.webhooks.drain()
-            await service.relay.stop()
-            install_owner_alerts(None)
-            await service.alerts.close()
-            if service.stripe_api is not None:
-                await service.stripe_api.close()
-            if service.redis is not None:
-                await service.redis.aclose()
-            await service.database.close()
-
     app = FastAPI(
         title="Tollkeeper",
         version=metadata.version("tollkeeper"),
         summary="Signed Stripe webhooks in, provable entitlements out.",
-        lifespan=lifespan,
+        lifespan=lambda _app: _started(service),
         docs_url=None,
         redoc_url=None,
         # Stripe follows no redirects: a wrong address must say so.
@@ -172,17 +158,11 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
     install_problem_handlers(app)
     body_bytes_max = service.settings.webhook_body_bytes_max
     webhook = WebhookEndpoint(service.webhooks, service.clock)
+    # Known to the framework too, so that other methods are 405.
+    app.router.routes.append(Route(WEBHOOK_PATH, endpoint=webhook, methods=["POST"]))
     app.add_middleware(BodyLimit, body_bytes_max=body_bytes_max)
     # Added later, so it is further out: refusals of the other middleware carry the request's id too.
     app.add_middleware(RequestContext)
-    app.add_middleware(
-        Ahead,
-        method="POST",
-        path=WEBHOOK_PATH,
-        endpoint=RequestContext(BodyLimit(webhook, body_bytes_max=body_bytes_max)),
-    )
-    # Known to the framework too, so that other methods are 405.
-    app.router.routes.append(Route(WEBHOOK_PATH, endpoint=webhook, methods=["POST"]))
 
     async def needs_read_key(request: Request) -> Principal:
         principal = await service.api_keys.authenticate(request.headers.get("authorization"), Scope.READ)
@@ -204,12 +184,19 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
         request.state.caller = principal.key_id
         return principal
 
-    app.include_router(entitlement_routes(service.entitlements, needs_read_key))
+    evaluations = Evaluations(service.answers)
+    hot_reads = HotReads(
+        service.answers, evaluations, needs_read_key=needs_read_key, needs_ofrep_key=needs_ofrep_key
+    )
+    for endpoint in (hot_reads, webhook):
+        bounded = BodyLimit(endpoint, body_bytes_max=body_bytes_max)
+        app.add_middleware(Ahead, takes=endpoint.takes, endpoint=RequestContext(bounded))
+    app.include_router(entitlement_routes(service.entitlements, service.answers, needs_read_key))
     app.include_router(grant_routes(service.grants, service.clock, needs_read_key, needs_admin_key))
     app.include_router(claim_routes(service.claims, needs_read_key, needs_admin_key))
     app.include_router(reprocess_routes(service.stored_events, needs_admin_key))
     app.include_router(list_routes(service.database, service.stored_events, needs_read_key))
-    app.include_router(ofrep_routes(service.entitlements, needs_ofrep_key))
+    app.include_router(ofrep_routes(evaluations, needs_ofrep_key))
     app.include_router(
         health_routes(
             database_check=lambda: _check_database(service.database),
@@ -220,6 +207,26 @@ def create_app(settings: Settings | None = None, *, clock: Clock | None = None) 
     )
     _add_problem_pages(app)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _started(service: Service) -> AsyncIterator[None]:
+    """A service that works in the background, until it is stopped and everything is closed."""
+    install_owner_alerts(service.alerts)
+    service.relay.start()
+    await service.webhooks.rerun_parked()
+    try:
+        yield
+    finally:
+        await service.webhooks.drain()
+        await service.relay.stop()
+        install_owner_alerts(None)
+        await service.alerts.close()
+        if service.stripe_api is not None:
+            await service.stripe_api.close()
+        if service.redis is not None:
+            await service.redis.aclose()
+        await service.database.close()
 
 
 def load_catalog(settings: Settings) -> Catalog:

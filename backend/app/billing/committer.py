@@ -68,7 +68,7 @@ class Committer(Generic[Item, Result]):
             Exception: whatever `work` raised for this item.
         """
         if len(self._queue) >= self._queue_items_max:
-            raise Unavailable("Too many deliveries are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
+            raise Unavailable("Too many requests are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(item, done))
         if self._lanes_busy < self._lanes_max:

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from backend.app.audit.models import AuditLog, audit_logs
-from backend.app.billing import store, store_state
+from backend.app.billing import store_reads
 from backend.app.billing.domain.access import Access, Reading
 from backend.app.billing.domain.catalog import Catalog, Feature, FeatureType
 from backend.app.billing.domain.facts import FeatureValue, SubjectId
@@ -21,8 +21,9 @@ from backend.app.billing.domain.state import State
 from backend.app.billing.history import history_page
 from backend.app.billing.models import PaymentEvent, payment_events
 from backend.app.billing.providers.fields import ID_CHARACTERS_MAX
+from backend.app.billing.store_reads import UserRows
 from backend.app.core.clock import iso
-from backend.app.core.database import Database, Tx, database_now
+from backend.app.core.database import Database, Tx
 from backend.app.core.errors import NotFound
 from backend.app.core.pages import PageRequest
 
@@ -105,25 +106,29 @@ class EntitlementService:
             return await history_page(tx, self.catalog, user_id, request)
 
     async def _view(self, tx: Tx, user_id: str, at: datetime | None) -> View:
-        state = await store_state.load_state_of_users(tx, [user_id], until=at)
-        row = await store.load_entitlement(tx, user_id)
-        now = await database_now(tx)
-        # What has occurred is in force, also where this clock is a little behind Stripe's.
-        instant = at or max(now, state.newest_as_of(user_id) or now)
-        readings = tuple(
-            (source_id, reading)
-            for source_id in sorted(state.sources)
-            if (reading := state.reading(self.catalog, source_id)) is not None
-        )
-        entitlement = entitlement_of(
-            self.catalog,
-            user_id,
-            [reading for _, reading in readings],
-            at=instant,
-            version=row.version if row else 0,
-            activated_at=row.activated_at if row else None,
-        )
-        return View(entitlement=entitlement, state=state, readings=readings, at=instant)
+        [(rows, now)] = await store_reads.load_users(tx, [user_id], until=at)
+        return view_of(self.catalog, rows, now=now, at=at)
+
+
+def view_of(catalog: Catalog, rows: UserRows, *, now: datetime, at: datetime | None = None) -> View:
+    """What a user may do at an instant, or now by the database's clock, from the stored rows."""
+    state = rows.state()
+    # What has occurred is in force, also where this clock is a little behind Stripe's.
+    instant = at or max(now, state.newest_as_of(rows.user_id) or now)
+    readings = tuple(
+        (source_id, reading)
+        for source_id in sorted(state.sources)
+        if (reading := state.reading(catalog, source_id)) is not None
+    )
+    entitlement = entitlement_of(
+        catalog,
+        rows.user_id,
+        [reading for _, reading in readings],
+        at=instant,
+        version=rows.version,
+        activated_at=rows.activated_at,
+    )
+    return View(entitlement=entitlement, state=state, readings=readings, at=instant)
 
 
 def check_feature(catalog: Catalog, view: View, key: str) -> FeatureCheck:

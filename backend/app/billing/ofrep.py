@@ -16,17 +16,14 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from backend.app.billing.answers import Answers, Form
+from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.facts import FeatureValue
-from backend.app.billing.entitlements import (
-    EntitlementService,
-    FeatureCheck,
-    View,
-    check_feature,
-    is_user_id,
-)
-from backend.app.billing.routes import cacheable
+from backend.app.billing.entitlements import FeatureCheck, View, check_feature, is_user_id
 from backend.app.core.clock import iso
 from backend.app.core.http import read_body
+
+FLAGS_PATH = "/ofrep/v1/evaluate/flags"
 
 # OpenFeature's error codes (openfeature.dev/specification/types#error-code), with OFREP's status for each.
 _STATUS = {"FLAG_NOT_FOUND": 404, "PARSE_ERROR": 400, "TARGETING_KEY_MISSING": 400, "INVALID_CONTEXT": 400}
@@ -67,36 +64,48 @@ class EvaluationFailed(Exception):
 _FLAG_NOT_FOUND = EvaluationFailed("FLAG_NOT_FOUND", "The catalog has no such feature.")
 
 
-def ofrep_routes(service: EntitlementService, needs_read_key: Callable[..., Any]) -> APIRouter:
-    """The protocol's two routes."""
-    router = APIRouter(
-        prefix="/ofrep/v1/evaluate/flags", tags=["ofrep"], dependencies=[Depends(needs_read_key)]
-    )
+class Evaluations:
+    """The protocol's two questions, answered for one catalog."""
 
-    @router.post("", openapi_extra=_REQUEST_BODY)
-    async def evaluate_flags(request: Request) -> Response:
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        catalog = answers.catalog
+        self._all = Form("ofrep", lambda view: _evaluations(catalog, view))
+        self._each = {key: Form(f"ofrep:{key}", _evaluation_of(catalog, key)) for key in catalog.features}
+
+    async def evaluate_all(self, request: Request) -> Response:
         """Every feature of the catalog for the user in the context, with an ETag (OFREP bulk evaluation)."""
         try:
             user_id = await _read_user_id(request)
         except EvaluationFailed as failure:
             return _failure_response(failure)
-        view = await service.view(user_id)
-        checks = [check_feature(service.catalog, view, key) for key in service.catalog.features]
-        return cacheable(
-            {"flags": [_evaluation(view, check) for check in checks], "metadata": _metadata(view)}, request
-        )
+        return (await self._answers.about(user_id, self._all)).response(request)
 
-    @router.post("/{key}", openapi_extra=_REQUEST_BODY)
-    async def evaluate_flag(key: str, request: Request) -> Response:
+    async def evaluate_one(self, key: str, request: Request) -> Response:
         """One feature for the user in the context (OFREP single evaluation)."""
         try:
             user_id = await _read_user_id(request)
         except EvaluationFailed as failure:
             return _failure_response(failure, key=key)
-        if key not in service.catalog.features:
+        form = self._each.get(key)
+        if form is None:
             return _failure_response(_FLAG_NOT_FOUND, key=key)
-        view = await service.view(user_id)
-        return cacheable(_evaluation(view, check_feature(service.catalog, view, key)), request)
+        return (await self._answers.about(user_id, form)).response(request)
+
+
+def ofrep_routes(evaluations: Evaluations, needs_read_key: Callable[..., Any]) -> APIRouter:
+    """The protocol's two routes."""
+    router = APIRouter(prefix=FLAGS_PATH, tags=["ofrep"], dependencies=[Depends(needs_read_key)])
+
+    @router.post("", openapi_extra=_REQUEST_BODY)
+    async def evaluate_flags(request: Request) -> Response:
+        """Every feature of the catalog for the user in the context, with an ETag (OFREP bulk evaluation)."""
+        return await evaluations.evaluate_all(request)
+
+    @router.post("/{key}", openapi_extra=_REQUEST_BODY)
+    async def evaluate_flag(key: str, request: Request) -> Response:
+        """One feature for the user in the context (OFREP single evaluation)."""
+        return await evaluations.evaluate_one(key, request)
 
     return router
 
@@ -118,6 +127,15 @@ async def _read_user_id(request: Request) -> str:
     if not isinstance(user_id, str) or not is_user_id(user_id):
         raise EvaluationFailed("INVALID_CONTEXT", "context.targetingKey is not a user's id.")
     return user_id
+
+
+def _evaluations(catalog: Catalog, view: View) -> dict[str, Any]:
+    checks = [check_feature(catalog, view, key) for key in catalog.features]
+    return {"flags": [_evaluation(view, check) for check in checks], "metadata": _metadata(view)}
+
+
+def _evaluation_of(catalog: Catalog, key: str) -> Callable[[View], dict[str, Any]]:
+    return lambda view: _evaluation(view, check_feature(catalog, view, key))
 
 
 def _evaluation(view: View, check: FeatureCheck) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator
 from starlette.types import Receive, Scope, Send
 
+from backend.app.billing.answers import ENTITLEMENTS, Answers
 from backend.app.billing.entitlements import EntitlementService, check_document, entitlement_document
 from backend.app.billing.explain import explain as explanation_of
 from backend.app.billing.explain import explanation_document
@@ -23,8 +22,10 @@ from backend.app.core.clock import Clock
 from backend.app.core.errors import AppError
 from backend.app.core.http import problem_response, read_body
 from backend.app.core.pages import PageRequest, page_request
+from backend.app.core.representation import Representation
 
 WEBHOOK_PATH = "/api/v1/billing/webhooks"
+ENTITLEMENTS_PATH = "/api/v1/entitlements"
 
 # PostgreSQL's text has no NUL, so no user has one either.
 UserId = Annotated[str, Path(min_length=1, max_length=ID_CHARACTERS_MAX, pattern=r"^[^\x00]*$")]
@@ -39,6 +40,11 @@ class WebhookEndpoint:
     def __init__(self, webhooks: BillingWebhooks, clock: Clock) -> None:
         self._webhooks = webhooks
         self._clock = clock
+
+    @staticmethod
+    def takes(scope: Scope) -> bool:
+        """Whether a request is one of these."""
+        return bool(scope["path"] == WEBHOOK_PATH and scope["method"] == "POST")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -84,10 +90,12 @@ At = Annotated[
 ]
 
 
-def entitlement_routes(service: EntitlementService, needs_read_key: Callable[..., Any]) -> APIRouter:
+def entitlement_routes(
+    service: EntitlementService, answers: Answers, needs_read_key: Callable[..., Any]
+) -> APIRouter:
     """What the seller's own product asks: what may this user do, and why?"""
     router = APIRouter(
-        prefix="/api/v1/entitlements", tags=["entitlements"], dependencies=[Depends(needs_read_key)]
+        prefix=ENTITLEMENTS_PATH, tags=["entitlements"], dependencies=[Depends(needs_read_key)]
     )
 
     @router.get("/{user_id}")
@@ -96,12 +104,14 @@ def entitlement_routes(service: EntitlementService, needs_read_key: Callable[...
     ) -> Response:
         """What a user may do now or at an instant, until when that holds, what it rests on, and why."""
         if not explain:
-            return cacheable(entitlement_document(await service.view(user_id, at=at)), request)
+            if at is None:
+                return (await answers.about(user_id, ENTITLEMENTS)).response(request)
+            view = await service.view(user_id, at=at)
+            return Representation.of(entitlement_document(view)).response(request)
         view, evidence = await service.view_with_evidence(user_id, at=at)
         explanation = explanation_of(service.catalog, view, evidence)
-        return cacheable(
-            {**entitlement_document(view), "explanation": explanation_document(explanation)}, request
-        )
+        document = {**entitlement_document(view), "explanation": explanation_document(explanation)}
+        return Representation.of(document).response(request)
 
     @router.get("/{user_id}/history")
     async def get_history(user_id: UserId, page: Annotated[PageRequest, Depends(page_request)]) -> Response:
@@ -112,18 +122,7 @@ def entitlement_routes(service: EntitlementService, needs_read_key: Callable[...
     @router.get("/{user_id}/{feature}")
     async def get_feature(user_id: UserId, feature: str, request: Request, at: At = None) -> Response:
         """One feature's value for a user, whether it lets them do anything, and the rule it follows from."""
-        return cacheable(check_document(await service.check(user_id, feature, at=at)), request)
+        check = await service.check(user_id, feature, at=at)
+        return Representation.of(check_document(check)).response(request)
 
     return router
-
-
-def cacheable(document: dict[str, Any], request: Request) -> Response:
-    """A JSON answer with an ETag over its content, or 304 where the caller has it already (RFC 9110 13.1.2)."""
-    body = json.dumps(document, separators=(",", ":")).encode()
-    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    # Private: it is about one user. No-cache: it may be kept, but asked for again, so a revocation shows at once.
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-    if etag in known or "*" in known:
-        return Response(status_code=304, headers=headers)
-    return Response(body, media_type="application/json", headers=headers)

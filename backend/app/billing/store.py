@@ -17,7 +17,6 @@ from backend.app.billing.domain.facts import CustomerId, Event, EventKey, Fact, 
 from backend.app.billing.domain.state import Owned
 from backend.app.billing.models import (
     PaymentEvent,
-    UserEntitlement,
     customer_ties,
     entitlement_history,
     facts,
@@ -98,13 +97,6 @@ async def stored_answers(tx: Tx, events: Sequence[Event]) -> dict[EventKey, str]
         )
     )
     return {(row.account, row.livemode, row.event_id): row.answer for row in result if row.answer is not None}
-
-
-async def load_entitlement(tx: Tx, user_id: str) -> UserEntitlement | None:
-    """The row of a user, as it was last written."""
-    result = await tx.execute(sa.select(user_entitlements).where(user_entitlements.c.user_id == user_id))
-    row = result.mappings().first()
-    return UserEntitlement(**row) if row else None
 
 
 def insert_sources(touched: Sequence[tuple[SubjectId, Owned]], *, now: datetime) -> Insert:

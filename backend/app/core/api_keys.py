@@ -5,12 +5,14 @@ A key has 256 random bits, so a plain SHA-256 is as good as a slow password hash
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
 
@@ -72,6 +74,8 @@ class ApiKeys:
         self._monotonic_seconds = monotonic_seconds
         # Found keys by their hash, each with the moment from which on it is looked up again.
         self._known: dict[str, tuple[Principal, float]] = {}
+        # A lock lives while somebody looks its key up.
+        self._lookups: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def create(self, name: str, scope: Scope) -> str:
         """A new key; this is the only time that it is seen."""
@@ -106,10 +110,21 @@ class ApiKeys:
         return principal
 
     async def _principal(self, key_sha256: str, *, anew: bool) -> Principal:
-        now_seconds = self._monotonic_seconds()
+        if anew:
+            return await self._look_up(key_sha256)
+        known = self._fresh(key_sha256)
+        if known is not None:
+            return known
+        # Of the requests that come when it is time, one looks it up for all.
+        async with self._lookups.setdefault(key_sha256, asyncio.Lock()):
+            return self._fresh(key_sha256) or await self._look_up(key_sha256)
+
+    def _fresh(self, key_sha256: str) -> Principal | None:
         known = self._known.get(key_sha256)
-        if known is not None and now_seconds < known[1] and not anew:
-            return known[0]
+        return known[0] if known is not None and self._monotonic_seconds() < known[1] else None
+
+    async def _look_up(self, key_sha256: str) -> Principal:
+        now_seconds = self._monotonic_seconds()
         # An ended key must not stay in memory for ever.
         self._known.pop(key_sha256, None)
         async with self._database.snapshot() as tx:

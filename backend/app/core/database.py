@@ -2,6 +2,7 @@
 
     async with database.transaction() as tx: ...   # reads and writes; commits at the end
     async with database.snapshot() as tx: ...      # reads only
+    async with database.reading() as tx: ...       # one statement that reads
 
 A function that needs an open transaction takes `tx` as its first parameter and does no network
 of its own. SQLite and PostgreSQL behave alike from outside; what differs is in this file.
@@ -94,6 +95,8 @@ class Database:
         # SQLite has one writer. Within a process a fair queue is kinder than its polling busy handler,
         # which starves the unlucky; between processes the busy handler remains.
         self._writer_queue = asyncio.Lock() if self.is_sqlite else None
+        # How many transactions of this process have ended; what was read before the last one may be out of date.
+        self.transactions_ended = 0
 
     @classmethod
     def open(cls, database_url: str) -> Database:
@@ -120,6 +123,8 @@ class Database:
                     "server_settings": {
                         "application_name": "tollkeeper",
                         "timezone": "UTC",
+                        # Our statements take a millisecond or two; to compile one may take a second.
+                        "jit": "off",
                         "lock_timeout": f"{LOCK_WAIT_SECONDS}s",
                         "statement_timeout": f"{STATEMENT_SECONDS_MAX}s",
                         "idle_in_transaction_session_timeout": f"{2 * STATEMENT_SECONDS_MAX}s",
@@ -143,8 +148,13 @@ class Database:
                 except TimeoutError as error:
                     raise StoreUnavailable from error
                 stack.callback(self._writer_queue.release)
+            # Also where it failed: a commit whose answer was lost may have happened all the same.
+            stack.callback(self._count_end)
             async with _store_errors(), self.engine.connect() as tx, tx.begin():
                 yield tx
+
+    def _count_end(self) -> None:
+        self.transactions_ended += 1
 
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Tx]:
@@ -156,6 +166,16 @@ class Database:
             async with tx.begin() as transaction:
                 yield tx
                 await transaction.rollback()
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[Tx]:
+        """For a single statement that reads: by itself it sees one state of the database, without a transaction around it."""
+        if self.is_sqlite:
+            async with self.snapshot() as tx:
+                yield tx
+        else:
+            async with _store_errors(), self.engine.connect() as connection:
+                yield await connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextlib.asynccontextmanager
     async def migration(self) -> AsyncIterator[Tx]:
@@ -231,14 +251,15 @@ def sqlite_instant(value: datetime) -> str:
     return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
+# With six digits, as every instant is kept on SQLite.
+NOW_SQL = {"postgresql": "clock_timestamp()", "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', 'now')"}
+
+
 async def database_now(tx: Tx) -> datetime:
     """The database's clock: what leases and expiry go by, whatever the workers' clocks say."""
-    if tx.dialect.name == "postgresql":
-        result = await tx.execute(sa.text("SELECT clock_timestamp()"))
-        now: datetime = result.scalar_one()
-        return now.astimezone(UTC)
-    result = await tx.execute(sa.text("SELECT strftime('%Y-%m-%dT%H:%M:%f', 'now')"))
-    return datetime.fromisoformat(result.scalar_one()).replace(tzinfo=UTC)
+    statement = sa.text(f"SELECT {NOW_SQL[tx.dialect.name]}").columns(sa.column("now", UtcDateTime()))
+    now: datetime = (await tx.execute(statement)).scalar_one()
+    return now
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -59,17 +60,16 @@ class RequestContext:
 
 
 class Ahead:
-    """Answers one method of one path before the framework sees it: the one that is asked for most, by far."""
+    """Answers some requests before the framework sees them: those that come most often, by far."""
 
-    def __init__(self, app: ASGIApp, *, method: str, path: str, endpoint: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, takes: Callable[[Scope], bool], endpoint: ASGIApp) -> None:
         self._app = app
-        self._method = method
-        self._path = path
+        self._takes = takes
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        is_ahead = scope["type"] == "http" and scope["path"] == self._path and scope["method"] == self._method
+        is_ahead = scope["type"] == "http" and self._takes(scope)
         await (self._endpoint if is_ahead else self._app)(scope, receive, send)
 
 

@@ -79,3 +79,39 @@ async def test_rows_asked_of_the_driver_itself_are_part_of_the_transaction(migra
 def _insert(database: Database) -> str:
     value = "?1" if database.is_sqlite else "$1"
     return f"INSERT INTO claim_link_uses VALUES ({value}, 'usr_1', '2026-01-01 00:00:00.000000')"
+
+
+async def test_a_transaction_on_a_connection_that_read_without_one_is_undone_as_a_whole(
+    migrated_url: str,
+) -> None:
+    database = Database.open(migrated_url)
+    try:
+        for _ in range(3):
+            async with database.reading() as tx:
+                assert (await tx.execute(sa.text("SELECT count(*) FROM claim_link_uses"))).scalar_one() == 0
+            with pytest.raises(RuntimeError):
+                await _write_and_fail(database)
+    finally:
+        await database.close()
+
+
+async def test_a_transaction_that_ended_is_counted_however_it_ended(migrated_url: str) -> None:
+    database = Database.open(migrated_url)
+    try:
+        async with database.transaction():
+            assert database.transactions_ended == 0
+        assert database.transactions_ended == 1
+        with pytest.raises(RuntimeError):
+            await _write_and_fail(database)
+        assert database.transactions_ended == 2
+        async with database.snapshot(), database.reading():
+            pass
+        assert database.transactions_ended == 2
+    finally:
+        await database.close()
+
+
+async def _write_and_fail(database: Database) -> None:
+    async with database.transaction() as tx:
+        await tx.execute(sa.text("INSERT INTO claim_link_uses VALUES ('link', 'usr_1', CURRENT_TIMESTAMP)"))
+        raise RuntimeError

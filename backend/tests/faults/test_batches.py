@@ -6,8 +6,6 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,21 +23,10 @@ from backend.app.simulator.runner import route_of
 from backend.app.simulator.truth import read_terms
 from backend.app.simulator.world import START, Plan, live
 from backend.tests.faults import events
-from backend.tests.support.billing import Harness
-from backend.tests.support.statements import watched_statements
+from backend.tests.support.billing import Harness, statements
 
 USERS = 12
 ROUGH = Network(duplicates=0.3, disorder=0.4, delay=0.1, loss=0.0)
-
-
-@contextmanager
-def statements(harness: Harness) -> Iterator[list[str]]:
-    """The statements that a service sends while the block runs."""
-    seen: list[str] = []
-    with watched_statements(
-        harness.service.database, before=lambda statement, _parameters: seen.append(statement)
-    ):
-        yield seen
 
 
 async def test_whole_lives_delivered_at_once_end_as_the_truth_and_the_replay_say(service: Harness) -> None:

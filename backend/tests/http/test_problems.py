@@ -165,7 +165,7 @@ async def test_a_bug_of_ours_is_500_without_its_details(
 
     with monkeypatch.context() as patch:
         patch.setattr("backend.app.billing.store.insert_events", broken)
-        patch.setattr("backend.app.billing.store.load_entitlement", broken)
+        patch.setattr("backend.app.billing.store_reads.load_users", broken)
         delivered = await service.deliver(EVENT)
         asked = await service.client.get("/api/v1/entitlements/usr_1", headers=headers)
     for response, path in ((delivered, WEBHOOK_PATH), (asked, "/api/v1/entitlements/usr_1")):

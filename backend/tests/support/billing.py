@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,7 +22,9 @@ from backend.app.billing.security import sign
 from backend.app.core.api_keys import Scope
 from backend.app.core.settings import Settings
 from backend.app.main import Service, create_app
+from backend.app.simulator.world import History
 from backend.tests.support.leaks import must_stay_secret
+from backend.tests.support.statements import watched_statements
 
 WEBHOOK_SECRET = "whsec_test_0123456789abcdefghijklmnop"
 
@@ -113,6 +116,27 @@ async def running_service(database_url: str, **overrides: Any) -> AsyncIterator[
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://tollkeeper.test") as client:
             yield Harness(app=app, service=app.state.service, client=client, clock=clock)
+
+
+@contextlib.contextmanager
+def statements(harness: Harness) -> Iterator[list[str]]:
+    """The statements that a service sends while the block runs."""
+    seen: list[str] = []
+    with watched_statements(
+        harness.service.database, before=lambda statement, _parameters: seen.append(statement)
+    ):
+        yield seen
+
+
+async def deliver_all(harness: Harness, histories: Iterable[History]) -> None:
+    """Whole simulated lives: each user's events in their order, all users side by side."""
+
+    async def deliver(history: History) -> None:
+        for event in history.events:
+            response = await harness.deliver(event)
+            assert response.status_code == 200, response.text
+
+    await asyncio.gather(*(deliver(history) for history in histories))
 
 
 def unix_now() -> int:
