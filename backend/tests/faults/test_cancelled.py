@@ -146,7 +146,7 @@ async def test_clients_that_go_away_during_load_leave_nothing_behind(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1_800)
+@pytest.mark.timeout(3_600)
 async def test_ten_thousand_clients_that_go_away_during_load_leave_nothing_behind(
     migrated_url: str, redis_url: str, tmp_path: Path
 ) -> None:
@@ -267,7 +267,7 @@ async def test_requests_that_are_cancelled_at_any_moment_lose_and_hold_nothing(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1_800)
+@pytest.mark.timeout(3_600)
 @pytest.mark.usefixtures("patient_with_redis", "quiet")
 async def test_ten_thousand_requests_that_are_cancelled_at_any_moment_lose_and_hold_nothing(
     migrated_url: str, redis_url: str

@@ -336,7 +336,7 @@ async def test_two_processes_under_load_fail_the_bad_events_and_no_others(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1_800)
+@pytest.mark.timeout(3_600)
 async def test_two_processes_under_a_load_of_twenty_thousand_events_fail_the_bad_ones_and_no_others(
     migrated_postgres_url: str,
     sequential_url: str,

@@ -24,7 +24,7 @@ DELIVERIES_SHORT = 6_000
 # Every path and every connection has been used, and the allocator has found its size.
 WARM_UP_LONG = 100_000
 WARM_UP_SHORT = 3_000
-# What a leak of a kilobyte per delivery comes to in the short run, and of three bytes in the long one.
+# What a leak of 1,500 bytes per delivery comes to in the short run, and of three bytes in the long one.
 GROWTH_MAX = 0.05
 # Ready requests of so many new events are held at a time, a few megabytes.
 EVENTS_PER_CHUNK = 400
