@@ -130,7 +130,7 @@ class Applier:
             if each.row is not None:
                 writes.events.append(each.row(decision))
             decisions.append(decision)
-        await writes.flush()
+        await writes.finish()
         return decisions
 
 
@@ -147,11 +147,18 @@ class _Writes:
         self.messages: list[NewMessage] = []
 
     def add(self, event: Event, decision: Decision) -> None:
-        """Keeps a decision, to be written with the next flush."""
+        """Keeps a decision, to be written with those that follow."""
         self._decided.append((event, decision))
 
-    async def flush(self) -> None:
-        """Writes everything that has gathered."""
+    async def finish(self) -> None:
+        """Writes everything that has gathered, and the messages."""
+        # Those that others stage as well are waited for without a lock: all at once in one order, or two
+        # batches could wait for each other.
+        await self._flush(self.messages)
+        self._effects.messages = self._effects.messages or bool(self.messages)
+
+    async def _flush(self, messages: Sequence[NewMessage] = ()) -> None:
+        """Writes everything else that has gathered, together with these messages."""
         now, decided = self._now, self._decided
         sources = dict(source for _, decision in decided for source in decision.sources)
         changes = [(change, event) for event, decision in decided for change in decision.changes]
@@ -177,15 +184,14 @@ class _Writes:
                 *store.insert_entitlements(changes, now=now),
                 store.insert_events(self.events),
                 audit_log.insert_rows(self._audit),
-                insert_messages(self.messages, now=now),
+                insert_messages(messages, now=now),
             ],
         )
-        self._effects.messages = self._effects.messages or bool(self.messages)
-        self._decided, self.events, self._audit, self.messages = [], [], [], []
+        self._decided, self.events, self._audit = [], [], []
 
     async def attribute(self, event: Event, decision: Decision) -> None:
         """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
-        await self.flush()
+        await self._flush()
         actor = self._actor(event)
         for attribution in decision.attributions:
             for line in await store.attribute_payments(self._tx, attribution):

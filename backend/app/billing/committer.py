@@ -93,14 +93,18 @@ class Committer(Generic[Item, Result]):
 
     async def _do(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
         try:
-            results = await self._work([waiting.item for waiting in batch])
-        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must be told
-            await self._after(error, batch)
+            await self._try(batch)
         except asyncio.CancelledError:
             # The process is ending; what was not committed is sent again.
             _fail([*batch, *self._queue], Unavailable())
             self._queue.clear()
             raise
+
+    async def _try(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
+        try:
+            results = await self._work([waiting.item for waiting in batch])
+        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must be told
+            await self._after(error, batch)
         else:
             for waiting, result in zip(batch, results, strict=True):
                 # Its caller may have gone meanwhile.

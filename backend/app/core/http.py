@@ -159,9 +159,11 @@ def install_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_any_other(request: Request, _error: Exception) -> Response:
-        # The framework raises it again after this answer, and the server logs it. It answers outside of
-        # RequestContext, so the id's header is set here.
-        return problem_response(AppError(headers={"X-Request-Id": _request_id(request.scope)}), request)
+        # The framework raises it again after this answer; the server logs it and ends the connection, which
+        # must be said, or the next request on it would be lost. It answers outside of RequestContext, so
+        # the id's header is set here.
+        headers = {"X-Request-Id": _request_id(request.scope), "Connection": "close"}
+        return problem_response(AppError(headers=headers), request)
 
 
 def _problem_response(error: AppError, scope: Scope) -> Response:

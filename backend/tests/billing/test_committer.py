@@ -152,3 +152,24 @@ async def test_a_stop_waits_for_what_was_taken() -> None:
     await stop
     assert sorted(store.done) == [0, 1, 2]
     await asyncio.gather(*callers)
+
+
+async def test_a_process_that_ends_while_a_batch_is_done_one_by_one_tells_all_of_them() -> None:
+    never = asyncio.Event()
+
+    async def commit(batch: Sequence[int]) -> list[int]:
+        if len(batch) > 1:
+            raise ValueError("a bad event")
+        if batch == [2]:
+            await never.wait()
+        return [-item for item in batch]
+
+    committer = Committer(commit, lanes=1)
+    callers = [asyncio.create_task(committer.submit(item)) for item in range(5)]
+    await settle()
+    assert callers[1].done()
+    for lane in committer._lanes:
+        lane.cancel()
+    answers = await asyncio.wait_for(asyncio.gather(*callers, return_exceptions=True), timeout=5)
+    assert answers[:2] == [0, -1]
+    assert all(isinstance(answer, Unavailable) for answer in answers[2:])

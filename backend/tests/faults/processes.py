@@ -37,19 +37,27 @@ while True:
 """
 
 
-def environment(database_url: str) -> dict[str, str]:
+def environment(database_url: str, redis_url: str | None = None) -> dict[str, str]:
     """The settings of a server process."""
-    return {"DATABASE_URL": database_url, "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET}
+    settings = {"DATABASE_URL": database_url, "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET}
+    return settings if redis_url is None else {**settings, "REDIS_URL": redis_url}
 
 
 @contextlib.contextmanager
 def servers(
-    directory: Path, database_url: str, *, processes: int = 1, workers: int = 1
+    directory: Path,
+    database_url: str,
+    *,
+    redis_url: str | None = None,
+    processes: int = 1,
+    workers: int = 1,
 ) -> Iterator[list[ServiceProcess]]:
     """So many `serve --workers N` on one database, each on a port of its own."""
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(ServiceProcess.start(directory, environment(database_url), workers=workers))
+            stack.enter_context(
+                ServiceProcess.start(directory, environment(database_url, redis_url), workers=workers)
+            )
             for _ in range(processes)
         ]
 

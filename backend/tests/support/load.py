@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +21,7 @@ from backend.app.billing.security import sign
 from backend.tests.support.billing import WEBHOOK_SECRET
 from backend.tests.support.server_process import LOOPBACK
 
+FORGERS_SECRET = "whsec_forged_0123456789abcdefghijklmn"
 # Two seconds above the service's own deadline: what takes longer got no answer.
 ANSWER_SECONDS_MAX = 10
 # A server that is away is asked again this much later, so that an outage costs tries and not all events.
@@ -57,9 +58,9 @@ class Connection:
             raise
         return Reply(status, answer_headers, answer, time.perf_counter() - started)
 
-    async def deliver(self, event: bytes) -> Reply:
+    async def deliver(self, event: bytes, *, secret: str = WEBHOOK_SECRET) -> Reply:
         """Posts an event's bytes, signed now."""
-        signature = sign(event, WEBHOOK_SECRET.encode(), timestamp=int(time.time()))
+        signature = sign(event, secret.encode(), timestamp=int(time.time()))
         return await self.request("POST", WEBHOOK_PATH, event, Stripe_Signature=signature)
 
     def close(self) -> None:
@@ -106,9 +107,17 @@ class Progress:
 
 
 async def send_all(
-    ports: Sequence[int], events: Sequence[bytes], *, connections: int, progress: Progress | None = None
+    ports: Sequence[int],
+    events: Sequence[bytes],
+    *,
+    connections: int,
+    progress: Progress | None = None,
+    forged: Collection[int] = (),
 ) -> list[Reply | None]:
-    """Delivers every event once, over so many connections spread over the ports; None where no answer came."""
+    """Delivers every event once, over so many connections spread over the ports; None where no answer came.
+
+    Those at the places in `forged` are signed with a secret that is nobody's.
+    """
     waiting = deque(range(len(events)))
     replies: list[Reply | None] = [None] * len(events)
 
@@ -117,7 +126,8 @@ async def send_all(
         while waiting:
             index = waiting.popleft()
             try:
-                replies[index] = await connection.deliver(events[index])
+                secret = FORGERS_SECRET if index in forged else WEBHOOK_SECRET
+                replies[index] = await connection.deliver(events[index], secret=secret)
             except (OSError, EOFError, TimeoutError):
                 await asyncio.sleep(LOSS_PAUSE_SECONDS)
             else:
