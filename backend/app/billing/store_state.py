@@ -251,7 +251,8 @@ def _keys(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
 
 
 # `{keys:1}` stands for the first parameter, which is JSON, as rows (account, livemode, key); `{texts:1}` for one
-# as rows (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each row up by itself.
+# as rows (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each row up by itself,
+# `{some:condition}` the facts that it selects for each row.
 _SQL = {
     "parties": """
         WITH RECURSIVE reached(account, livemode, key) AS (
@@ -308,17 +309,30 @@ _SQL = {
             AND links.livemode = reached.livemode AND links.child = reached.key}
         """,
     # Each kind by itself: a subscription's many snapshots must not push its one checkout out, which may
-    # name the user and the plan.
+    # name the user and the plan. Few subjects have more facts than are looked at; only of those the kinds
+    # are gone through by the index, and of each the newest are read, so that a long history costs no more.
     "facts": """
-        SELECT account, livemode, subject_key, CAST(body AS text) FROM (
-            SELECT facts.account, facts.livemode, subject_key, body, row_number() OVER (
-                PARTITION BY facts.account, facts.livemode, subject_key, kind
-                ORDER BY as_of DESC, event_id DESC
-            ) AS place
-            FROM {keys:1} named {find:facts:facts.account = named.account
-                AND facts.livemode = named.livemode AND facts.subject_key = named.key}
-            WHERE {until}
-        ) newest WHERE place <= {newest}
+        WITH RECURSIVE first AS (
+            SELECT facts.account, facts.livemode, facts.subject_key, facts.body, count(*) OVER (
+                PARTITION BY facts.account, facts.livemode, facts.subject_key
+            ) AS count
+            FROM {keys:1} named {some:facts.account = named.account AND facts.livemode = named.livemode
+                AND facts.subject_key = named.key AND {until}
+                ORDER BY kind, as_of, event_id LIMIT {newest} + 1}
+        ), kinds(account, livemode, key, kind) AS (
+            SELECT DISTINCT account, livemode, subject_key, '' FROM first WHERE count > {newest}
+            UNION ALL
+            SELECT account, livemode, key, (
+                SELECT min(facts.kind) FROM facts WHERE facts.account = kinds.account
+                    AND facts.livemode = kinds.livemode AND facts.subject_key = kinds.key
+                    AND facts.kind > kinds.kind
+            ) FROM kinds WHERE kind IS NOT NULL
+        )
+        SELECT account, livemode, subject_key, CAST(body AS text) FROM first WHERE count <= {newest}
+        UNION ALL SELECT facts.account, facts.livemode, facts.subject_key, CAST(facts.body AS text)
+            FROM kinds {some:facts.account = kinds.account AND facts.livemode = kinds.livemode
+                AND facts.subject_key = kinds.key AND facts.kind = kinds.kind AND {until}
+                ORDER BY as_of DESC, event_id DESC LIMIT {newest}}
         """,
     "waiting": """
         SELECT named.account, named.livemode, named.key
@@ -353,7 +367,7 @@ _SQL = {
         """,
 }
 _SQL["facts_until"] = _SQL["facts"].replace("{until}", "as_of <= {2}")
-_SQL["facts"] = _SQL["facts"].replace("{until}", "true")
+_SQL["facts"] = _SQL["facts"].replace(" AND {until}", "")
 
 _ROWS = {
     "postgresql": {
@@ -376,13 +390,20 @@ _FOUND = {
     "postgresql": r"CROSS JOIN LATERAL (SELECT * FROM \1 WHERE \2 OFFSET 0) \1",
     "sqlite": r"JOIN \1 ON \2",
 }
+_SOME = re.compile(r"\{some:([^{}]+)\}")
+_SOME_FACTS = {
+    "postgresql": r"CROSS JOIN LATERAL (SELECT * FROM facts WHERE \1) facts",
+    "sqlite": r"JOIN facts ON facts.rowid IN (SELECT rowid FROM facts WHERE \1)",
+}
 
 
 @functools.cache
 def _statement(dialect: str, name: str) -> str:
     forms = _ROWS[dialect]
-    return re.sub(
+    # The bare values first: they also stand within the conditions of joins.
+    sql = re.sub(
         r"\{(?:(keys|texts):)?([1-3])\}",
         lambda found: forms[found[1] or "value"].replace("@", found[2]),
-        _FIND.sub(_FOUND[dialect], _SQL[name]).replace("{newest}", str(FACTS_PER_SUBJECT_MAX)),
+        _SQL[name].replace("{newest}", str(FACTS_PER_SUBJECT_MAX)),
     )
+    return _SOME.sub(_SOME_FACTS[dialect], _FIND.sub(_FOUND[dialect], sql))
