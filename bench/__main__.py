@@ -16,6 +16,9 @@ from backend.tests.support.server_directory import work_directory
 from backend.tests.support.server_process import ServerFailed
 from backend.tests.support.servers import PostgresServer, ValkeyServer
 from bench.contenders import CONTENDERS, Kind, Servers, prepared
+from bench.growth import FULL as GROWTH_FULL
+from bench.growth import QUICK as GROWTH_QUICK
+from bench.growth import measure_growth
 from bench.load import BenchFailed
 from bench.machine import machine_facts
 from bench.parts import measure_parts
@@ -23,7 +26,7 @@ from bench.pgbench import HOW_TO_GET, NOT_MEASURED, VARIANTS, find_pgbench
 from bench.reads import measure_reads
 from bench.rebuild import RebuildSpeed
 from bench.rebuild import measure as measure_rebuild
-from bench.report import CHART_NAME, Run, render, render_chart
+from bench.report import Run, render, render_charts
 from bench.rounds import EVENTS_MIN, Effort, measure_rounds
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,8 +34,8 @@ PAGE_NAME = "performance.md"
 
 # One, a few and many senders at once: Stripe itself delivers a burst over many connections.
 CONNECTIONS = (1, 16, 64)
-# Three rounds give a median and its spread; two seconds hold many of PostgreSQL's commits, and the whole stays
-# within a quarter of an hour.
+# Three rounds give a median and its spread; two seconds hold many of PostgreSQL's commits, and all services
+# together stay within a quarter of an hour.
 FULL = Effort(rounds=3, seconds=2.0, events_min=EVENTS_MIN, connections=CONNECTIONS)
 # Long enough to see every path work and every row arrive.
 QUICK = Effort(rounds=1, seconds=0.2, events_min=40, connections=CONNECTIONS)
@@ -41,11 +44,11 @@ QUICK_LEFT_OUT = frozenset(
     {"textbook-2", "prototype-2", "tollkeeper-redis-2", "tollkeeper-sqlite-2"},
 )
 
-PARTS, READS, REBUILD = "parts", "reads", "rebuild"
+PARTS, READS, REBUILD, GROWTH = "parts", "reads", "rebuild", "growth"
 NAMES = (
     *(contender.name for contender in CONTENDERS),
     *(variant.name for variant in VARIANTS),
-    *(PARTS, READS, REBUILD),
+    *(PARTS, READS, REBUILD, GROWTH),
 )
 
 # A few thousand events: a second of CPU for all parts together.
@@ -58,7 +61,7 @@ REBUILD_USERS_QUICK, REBUILD_EVENTS_PER_USER_QUICK = 20, 6
 
 @click.command()
 @click.option(
-    "--quick", is_flag=True, help="A smoke run of a minute or so: every path once, figures to forget."
+    "--quick", is_flag=True, help="A smoke run of two minutes or so: every path once, figures to forget."
 )
 @click.option(
     "--only", "wanted", multiple=True, type=click.Choice(NAMES), help="Only this one; may be repeated."
@@ -66,7 +69,7 @@ REBUILD_USERS_QUICK, REBUILD_EVENTS_PER_USER_QUICK = 20, 6
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to write the page and the chart; by default docs/, after a whole run only.",
+    help="Where to write the page and the charts; by default docs/, after a whole run only.",
 )
 def main(quick: bool, wanted: tuple[str, ...], output: Path | None) -> None:
     """Measure Tollkeeper, a textbook handler, PostgreSQL itself and a bare prototype in one run."""
@@ -84,9 +87,8 @@ def main(quick: bool, wanted: tuple[str, ...], output: Path | None) -> None:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / PAGE_NAME).write_text(page, encoding="utf-8")
-        chart = render_chart(run)
-        if chart is not None:
-            (directory / CHART_NAME).write_text(chart, encoding="utf-8")
+        for name, chart in render_charts(run).items():
+            (directory / name).write_text(chart, encoding="utf-8")
         click.echo(f"Written to {directory / PAGE_NAME}.", err=True)
 
 
@@ -135,6 +137,9 @@ def _measure_with(
             else (REBUILD_USERS, REBUILD_EVENTS_PER_USER)
         )
         rebuilds = _measure_rebuilds(servers, size, say=say)
+    growth = None
+    if GROWTH in names:
+        growth = measure_growth(servers, GROWTH_QUICK if quick else GROWTH_FULL, say=say)
     return Run(
         effort=effort,
         machine=machine,
@@ -143,6 +148,7 @@ def _measure_with(
         parts=parts,
         reads=reads,
         rebuilds=rebuilds,
+        growth=growth,
     )
 
 

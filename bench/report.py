@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from bench.chart import Bar, bar_chart
 from bench.contenders import CONTENDERS, Kind
+from bench.growth import Growth, GrowthPoint
 from bench.parts import PartCost
 from bench.pgbench import HOW_TO_GET, NOT_MEASURED, VARIANTS
 from bench.reads import CONNECTIONS as READ_CONNECTIONS
@@ -17,6 +18,7 @@ from bench.spread import ratio, spread
 from bench.targets import BUSY, per_second, verdicts
 
 CHART_NAME = "performance.svg"
+GROWTH_CHART_NAME = "growth.svg"
 # Told apart by lightness too, for those who see few colours.
 COLOURS = {
     Kind.TEXTBOOK: "#8c8c8c",
@@ -41,6 +43,7 @@ class Run:
     parts: Sequence[PartCost] = ()
     reads: Sequence[ReadSpeed] = ()
     rebuilds: Mapping[str, RebuildSpeed] = field(default_factory=dict)
+    growth: Growth | None = None
 
 
 def render(run: Run, *, complete: bool) -> str:
@@ -54,7 +57,7 @@ a slow minute meets everybody; shown is the median, with the lowest and highest 
 ratios: events per second belong to the machine they were taken on.""",
         f"![Events per second at {BUSY} connections]({CHART_NAME})",
         "## Targets",
-        _targets(run.samples),
+        _targets(run),
         """Which comparison each line makes: pgbench runs without HTTP, signatures or JSON. The bare prototype is
 [bench/prototype.py](../bench/prototype.py): a plain ASGI endpoint that verifies and parses, and stores four rows per
 event by group commit; it decides nothing. Its other form commits each event by itself, with four statements; that
@@ -89,6 +92,8 @@ second ([decision 12](decisions/0012-held-answers.md)).""",
         ]
     if run.rebuilds:
         sections += ["## Rebuild", _rebuilds(run.rebuilds)]
+    if run.growth is not None:
+        sections += ["## Growth", *_growth(run.growth)]
     sections += [
         "## What was measured",
         f"""Each event is unique and correctly signed, and each changes what its user may do: in turn a paid checkout, a
@@ -101,8 +106,8 @@ last one is answered; requests are signed before the clock starts.""",
         _table(["", ""], [[name, value] for name, value in run.machine.items()]),
         "## Again",
         """```
-make bench                                   # all of it, and this page: a quarter of an hour
-.venv/bin/python -m bench --quick            # a smoke run of a minute or so; writes nothing
+make bench                                   # all of it, and this page: half an hour
+.venv/bin/python -m bench --quick            # a smoke run of two minutes or so; writes nothing
 .venv/bin/python -m bench --only tollkeeper-1 --only prototype-1
 ```
 
@@ -112,8 +117,13 @@ be a real one for fsync to mean anything.""",
     return "\n\n".join(sections) + "\n"
 
 
-def render_chart(run: Run) -> str | None:
-    """The chart of events per second under load; None where nothing of it was measured."""
+def render_charts(run: Run) -> dict[str, str]:
+    """The charts by the names of their files; none of what was not measured."""
+    charts = {CHART_NAME: _rate_chart(run), GROWTH_CHART_NAME: _growth_chart(run.growth)}
+    return {name: chart for name, chart in charts.items() if chart is not None}
+
+
+def _rate_chart(run: Run) -> str | None:
     bars = []
     for row in _rows(run):
         values = per_second(run.samples, row.name, BUSY)
@@ -158,10 +168,13 @@ def _rows(run: Run) -> list[_Row]:
     return [row for row in rows if row.name in missing or run.samples.of(row.name, run.effort.connections[0])]
 
 
-def _targets(samples: Samples) -> str:
+def _targets(run: Run) -> str:
     return _table(
         ["Target", "Wanted", "Measured", ""],
-        [[verdict.target, verdict.wanted, verdict.measured, verdict.word] for verdict in verdicts(samples)],
+        [
+            [verdict.target, verdict.wanted, verdict.measured, verdict.word]
+            for verdict in verdicts(run.samples, run.growth)
+        ],
     )
 
 
@@ -260,6 +273,74 @@ def _rebuilds(rebuilds: Mapping[str, RebuildSpeed]) -> str:
             ]
             for store, speed in rebuilds.items()
         ],
+    )
+
+
+def _growth(growth: Growth) -> list[str]:
+    sections = [
+        f"![CPU per event by what is stored]({GROWTH_CHART_NAME})",
+        f"""CPU of service and PostgreSQL per event at {BUSY} connections and 1 worker, with so many events stored before, two
+of each user: a subscription and its first invoice. The measured events are in turn an upgrade and the next invoice of
+stored users, who lie all over the tables, and a checkout and a new subscription. Ratios are to the smallest
+history, measured anew in each round; of its first line both sides are the same, so it shows how steady the machine
+is. The history was stored as copies of what one user's real deliveries left, in all tables, and vacuumed.""",
+        _growth_table("Stored events", growth.everybody),
+    ]
+    for kind, points in growth.one_user.items():
+        sections += [
+            f"### One user's own {kind}",
+            f"""One subscription with so many {kind}, in a database of as many events each time, among the users of the smallest
+history; the next events are sent one by one, so that none shares its cost with another.""",
+            _growth_table("Events of the user", points),
+        ]
+    return sections
+
+
+def _growth_table(what: str, points: Sequence[GrowthPoint]) -> str:
+    return _table(
+        [
+            what,
+            "events/s",
+            "service CPU in microseconds",
+            "PostgreSQL CPU in microseconds",
+            "CPU to the smallest",
+        ],
+        [
+            [
+                f"{point.stored:,}",
+                _text([sample.per_second for sample in point.samples]),
+                _text(
+                    [sample.service_cpu_us for sample in point.samples if sample.service_cpu_us is not None]
+                ),
+                _text(
+                    [sample.postgres_cpu_us for sample in point.samples if sample.postgres_cpu_us is not None]
+                ),
+                point.cost_ratio.text(2) if point.cost_ratio is not None else NOTHING,
+            ]
+            for point in points
+        ],
+    )
+
+
+def _growth_chart(growth: Growth | None) -> str | None:
+    if growth is None:
+        return None
+    named = {
+        "stored events": growth.everybody,
+        **{f"{kind} of the user": points for kind, points in growth.one_user.items()},
+    }
+    bars = [
+        Bar(f"{point.stored:,} {what}", found, f"{found.median:.2f} x", COLOURS[Kind.TOLLKEEPER])
+        for what, points in named.items()
+        for point in points
+        if (found := point.cost_ratio) is not None
+    ]
+    if not bars:
+        return None
+    return bar_chart(
+        "What the next event costs, by what is stored",
+        "CPU of service and PostgreSQL per event, times that with the smallest history; median and spread",
+        bars,
     )
 
 

@@ -111,7 +111,7 @@ def _measure_service(
         work = make_workload(wanted - wanted % TYPES, prefix=f"{label}c{connections}")
         _seed(service, work.seeds)
         samples.by_place[service.contender.name, connections].append(
-            _timed(service, servers, signed_requests(work.events), connections)
+            timed(service, servers, signed_requests(work.events), connections)
         )
         delivered += len(work.seeds) + len(work.events)
         users += work.users
@@ -122,7 +122,8 @@ def _seed(service: Running, seeds: tuple[bytes, ...]) -> None:
     send_all(service.service.url, signed_requests(seeds), connections=SEEDING_CONNECTIONS)
 
 
-def _timed(service: Running, servers: Servers, requests: list[bytes], connections: int) -> Sample:
+def timed(service: Running, servers: Servers, requests: list[bytes], connections: int) -> Sample:
+    """Sends ready requests and says what they cost."""
     postgres_before = tree_cpu_seconds(servers.postgres.pid)
     service_before = tree_cpu_seconds(service.service.pid)
     load = send_all(service.service.url, requests, connections=connections)

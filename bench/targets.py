@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.growth import Growth
 from bench.pgbench import SINGLE
 from bench.rounds import Samples
 from bench.spread import Spread, ratio, spread
@@ -15,6 +16,8 @@ PGBENCH_RATIO_MIN = 1.2
 PROTOTYPE_RATIO_MIN = 0.6
 LONE_RATIO_MIN = 1.0
 P99_TO_P50_MAX = 4.0
+# CPU per event at the most stored events, to that at the fewest.
+GROWTH_RATIO_MAX = 1.3
 
 BUSY, MIDDLE, LONE = 64, 16, 1
 
@@ -34,7 +37,7 @@ class Verdict:
         return {True: "met", False: "not met", None: "not measured"}[self.met]
 
 
-def verdicts(samples: Samples) -> list[Verdict]:
+def verdicts(samples: Samples, growth: Growth | None) -> list[Verdict]:
     """Every target, by the medians of the run."""
     found = []
     for workers in (1, 2):
@@ -82,12 +85,24 @@ def verdicts(samples: Samples) -> list[Verdict]:
                 lambda median: median < P99_TO_P50_MAX,
             )
         )
+    found.append(_growth(growth))
     return found
 
 
 def per_second(samples: Samples, name: str, connections: int) -> list[float]:
     """Events per second of each round."""
     return [sample.per_second for sample in samples.of(name, connections)]
+
+
+def _growth(growth: Growth | None) -> Verdict:
+    point = growth.everybody[-1] if growth is not None else None
+    where = f"at {point.stored:,} stored events" if point is not None else "with a long history"
+    return _verdict(
+        f"CPU per event {where}: to that with a short one",
+        f"at most {GROWTH_RATIO_MAX:g}",
+        point.cost_ratio if point is not None else None,
+        lambda median: median <= GROWTH_RATIO_MAX,
+    )
 
 
 def _at_least(

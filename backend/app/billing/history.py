@@ -17,11 +17,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from backend.app.audit.models import audit_logs
-from backend.app.billing import store_state
+from backend.app.billing import store, store_state
 from backend.app.billing.domain.access import Access, Reading
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.decide import kind_of_change
-from backend.app.billing.domain.facts import ACTION_ID_PREFIX, CustomerId
+from backend.app.billing.domain.facts import ACTION_ID_PREFIX, CustomerId, SubjectId
 from backend.app.billing.domain.merge import Entitlement, entitlement_of
 from backend.app.billing.domain.state import State
 from backend.app.billing.models import entitlement_history, webhook_claims, webhook_events
@@ -166,11 +166,19 @@ class _Timeline:
                 if owned.customer_id is not None
             },
         )
-        event_ids = {fact.event_id for facts in state.facts.values() for fact in facts}
-        event_ids |= {tie.event_id for claims in ties.values() for tie in claims}
+        events = {
+            SubjectId(subject.account, subject.livemode, fact.event_id)
+            for subject, facts in state.facts.items()
+            for fact in facts
+        }
+        events |= {
+            SubjectId(customer.account, customer.livemode, tie.event_id)
+            for customer, claims in ties.items()
+            for tie in claims
+        }
         claimed = await tx.execute(
             sa.select(webhook_claims.c.account, webhook_claims.c.event_id, webhook_claims.c.claimed_at).where(
-                webhook_claims.c.event_id.in_(sorted(event_ids))
+                store.named_in(webhook_claims, "event_id", events)
             )
         )
         return cls(
@@ -297,7 +305,10 @@ async def _load_causes(tx: Tx, user_id: str, rows: Sequence[Mapping[str, Any]]) 
     events = webhook_events.c
     found = await tx.execute(
         sa.select(events.account, events.event_id, events.subject_key).where(
-            events.event_id.in_({row["cause_event_id"] for row in rows})
+            events.account.in_({row["cause_account"] for row in rows}),
+            # A version does not say of which mode its cause was, but the index goes by it.
+            events.livemode.in_((False, True)),
+            events.event_id.in_({row["cause_event_id"] for row in rows}),
         )
     )
     subjects = {(row.account, row.event_id): row.subject_key for row in found}

@@ -33,6 +33,8 @@ from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
 FAILED = "failed"
+# In the statement's text, not a parameter: only so can a prepared plan use the indexes of what is parked.
+PARKED: sa.ColumnElement[str] = sa.literal_column(f"'{Status.PARKED.value}'")
 
 _EVENT_COLUMNS = [
     name
@@ -292,7 +294,7 @@ async def settle_waiting(tx: Tx, waiting: Waiting) -> list[str]:
         webhook_events.update()
         .where(
             named_in(webhook_events, "subject_key", waiting.subjects),
-            columns.status == Status.PARKED.value,
+            columns.status == PARKED,
             # What could not be read is no wiser now.
             columns.reason.not_like("unreadable:%"),
         )
@@ -318,7 +320,7 @@ async def settle_waiting_customer(tx: Tx, attribution: Attribution, reason: str)
             columns.account == attribution.customer.account,
             columns.livemode == attribution.customer.livemode,
             columns.customer_id == attribution.customer.id,
-            columns.status == Status.PARKED.value,
+            columns.status == PARKED,
             columns.reason == reason,
         )
         .values(status=Status.SUCCESS.value, reason=None, user_id=attribution.user_id)
@@ -408,9 +410,7 @@ async def load_parked(
             columns.occurred_at,
             columns.payload,
         )
-        .where(
-            columns.status == Status.PARKED.value, columns.reason.startswith(reason_prefix, autoescape=True)
-        )
+        .where(columns.status == PARKED, columns.reason.startswith(reason_prefix, autoescape=True))
         .order_by(columns.account, columns.livemode, columns.event_id)
         .limit(limit)
     )
@@ -432,9 +432,7 @@ async def resettle_event(
 
 async def count_parked(tx: Tx) -> int:
     """How many events wait for a missing piece."""
-    result = await tx.execute(
-        sa.select(sa.func.count()).where(webhook_events.c.status == Status.PARKED.value)
-    )
+    result = await tx.execute(sa.select(sa.func.count()).where(webhook_events.c.status == PARKED))
     return result.scalar_one()
 
 

@@ -251,15 +251,16 @@ def _keys(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
 
 
 # `{keys:1}` stands for the first parameter, which is JSON, as rows (account, livemode, key); `{texts:1}` for one
-# as rows (text); `{1}` for its bare value.
+# as rows (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each row up by itself,
+# `{some:condition}` the facts that it selects for each row.
 _SQL = {
     "parties": """
         WITH RECURSIVE reached(account, livemode, key) AS (
             SELECT account, livemode, key FROM {keys:1} named
             UNION
             SELECT links.account, links.livemode, links.parent
-            FROM reached JOIN links ON links.account = reached.account
-                AND links.livemode = reached.livemode AND links.child = reached.key
+            FROM reached {find:links:links.account = reached.account
+                AND links.livemode = reached.livemode AND links.child = reached.key}
         ), customers AS (
             SELECT account, livemode, key FROM {keys:2} named
             UNION
@@ -267,12 +268,12 @@ _SQL = {
             SELECT account, livemode, substr(key, 5) FROM reached WHERE key LIKE 'cus:%'
         ), owned AS (
             SELECT sources.account, sources.livemode, sources.customer_id, sources.user_id
-            FROM reached JOIN sources ON sources.account = reached.account
-                AND sources.livemode = reached.livemode AND sources.source_key = reached.key
+            FROM reached {find:sources:sources.account = reached.account
+                AND sources.livemode = reached.livemode AND sources.source_key = reached.key}
             UNION
             SELECT sources.account, sources.livemode, sources.customer_id, sources.user_id
-            FROM customers JOIN sources ON sources.account = customers.account
-                AND sources.livemode = customers.livemode AND sources.customer_id = customers.key
+            FROM customers {find:sources:sources.account = customers.account
+                AND sources.livemode = customers.livemode AND sources.customer_id = customers.key}
         ), concerned AS (
             SELECT account, livemode, key FROM customers
             UNION
@@ -281,79 +282,92 @@ _SQL = {
         SELECT 'subject', account, livemode, key FROM reached
         UNION ALL SELECT 'customer', account, livemode, key FROM concerned
         UNION ALL SELECT 'user', account, livemode, user_id FROM owned WHERE user_id IS NOT NULL
-        UNION ALL SELECT 'user', ties.account, ties.livemode, ties.user_id
-            FROM concerned JOIN customer_ties ties ON ties.account = concerned.account
-                AND ties.livemode = concerned.livemode AND ties.customer_id = concerned.key
+        UNION ALL SELECT 'user', customer_ties.account, customer_ties.livemode, customer_ties.user_id
+            FROM concerned {find:customer_ties:customer_ties.account = concerned.account
+                AND customer_ties.livemode = concerned.livemode AND customer_ties.customer_id = concerned.key}
         """,
     "sources": """
         SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {keys:1} named JOIN sources ON sources.account = named.account
-                AND sources.livemode = named.livemode AND source_key = named.key
+            FROM {keys:1} named {find:sources:sources.account = named.account
+                AND sources.livemode = named.livemode AND sources.source_key = named.key}
         UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {keys:2} named JOIN sources ON sources.account = named.account
-                AND sources.livemode = named.livemode AND customer_id = named.key
+            FROM {keys:2} named {find:sources:sources.account = named.account
+                AND sources.livemode = named.livemode AND sources.customer_id = named.key}
         UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {texts:3} named JOIN sources ON user_id = named.text
+            FROM {texts:3} named {find:sources:sources.user_id = named.text}
         """,
     "links": """
         WITH RECURSIVE reached(account, livemode, key) AS (
             SELECT account, livemode, key FROM {keys:1} named
             UNION
             SELECT links.account, links.livemode, links.child
-            FROM reached JOIN links ON links.account = reached.account
-                AND links.livemode = reached.livemode AND links.parent = reached.key
+            FROM reached {find:links:links.account = reached.account
+                AND links.livemode = reached.livemode AND links.parent = reached.key}
         )
         SELECT links.account, links.livemode, child, parent
-        FROM reached JOIN links ON links.account = reached.account
-            AND links.livemode = reached.livemode AND links.child = reached.key
+        FROM reached {find:links:links.account = reached.account
+            AND links.livemode = reached.livemode AND links.child = reached.key}
         """,
     # Each kind by itself: a subscription's many snapshots must not push its one checkout out, which may
-    # name the user and the plan.
+    # name the user and the plan. Few subjects have more facts than are looked at; only of those the kinds
+    # are gone through by the index, and of each the newest are read, so that a long history costs no more.
     "facts": """
-        SELECT account, livemode, subject_key, CAST(body AS text) FROM (
-            SELECT facts.account, facts.livemode, subject_key, body, row_number() OVER (
-                PARTITION BY facts.account, facts.livemode, subject_key, kind
-                ORDER BY as_of DESC, event_id DESC
-            ) AS place
-            FROM {keys:1} named JOIN facts ON facts.account = named.account
-                AND facts.livemode = named.livemode AND subject_key = named.key
-            WHERE {until}
-        ) newest WHERE place <= {newest}
+        WITH RECURSIVE first AS (
+            SELECT facts.account, facts.livemode, facts.subject_key, facts.body, count(*) OVER (
+                PARTITION BY facts.account, facts.livemode, facts.subject_key
+            ) AS count
+            FROM {keys:1} named {some:facts.account = named.account AND facts.livemode = named.livemode
+                AND facts.subject_key = named.key AND {until}
+                ORDER BY kind, as_of, event_id LIMIT {newest} + 1}
+        ), kinds(account, livemode, key, kind) AS (
+            SELECT DISTINCT account, livemode, subject_key, '' FROM first WHERE count > {newest}
+            UNION ALL
+            SELECT account, livemode, key, (
+                SELECT min(facts.kind) FROM facts WHERE facts.account = kinds.account
+                    AND facts.livemode = kinds.livemode AND facts.subject_key = kinds.key
+                    AND facts.kind > kinds.kind
+            ) FROM kinds WHERE kind IS NOT NULL
+        )
+        SELECT account, livemode, subject_key, CAST(body AS text) FROM first WHERE count <= {newest}
+        UNION ALL SELECT facts.account, facts.livemode, facts.subject_key, CAST(facts.body AS text)
+            FROM kinds {some:facts.account = kinds.account AND facts.livemode = kinds.livemode
+                AND facts.subject_key = kinds.key AND facts.kind = kinds.kind AND {until}
+                ORDER BY as_of DESC, event_id DESC LIMIT {newest}}
         """,
     "waiting": """
         SELECT named.account, named.livemode, named.key
-            FROM {keys:1} named JOIN webhook_events waits ON waits.account = named.account
-                AND waits.livemode = named.livemode AND waits.subject_key = named.key
-                AND waits.status = 'parked'
+            FROM {keys:1} named {find:webhook_events:webhook_events.account = named.account
+                AND webhook_events.livemode = named.livemode AND webhook_events.subject_key = named.key
+                AND webhook_events.status = 'parked'}
         UNION SELECT named.account, named.livemode, 'cus:' || named.key
-            FROM {keys:2} named JOIN webhook_events waits ON waits.account = named.account
-                AND waits.livemode = named.livemode AND waits.customer_id = named.key
-                AND waits.status = 'parked'
+            FROM {keys:2} named {find:webhook_events:webhook_events.account = named.account
+                AND webhook_events.livemode = named.livemode AND webhook_events.customer_id = named.key
+                AND webhook_events.status = 'parked'}
         UNION SELECT named.account, named.livemode, named.key
-            FROM {keys:1} named JOIN payment_events waits ON waits.account = named.account
-                AND waits.livemode = named.livemode AND waits.subject_key = named.key
-                AND waits.user_id IS NULL
+            FROM {keys:1} named {find:payment_events:payment_events.account = named.account
+                AND payment_events.livemode = named.livemode AND payment_events.subject_key = named.key
+                AND payment_events.user_id IS NULL}
         UNION SELECT named.account, named.livemode, named.key
-            FROM {keys:1} named JOIN payment_events waits ON waits.account = named.account
-                AND waits.livemode = named.livemode AND waits.subject_key = named.key
-                AND waits.plan_code IS NULL
+            FROM {keys:1} named {find:payment_events:payment_events.account = named.account
+                AND payment_events.livemode = named.livemode AND payment_events.subject_key = named.key
+                AND payment_events.plan_code IS NULL}
         UNION SELECT named.account, named.livemode, 'cus:' || named.key
-            FROM {keys:2} named JOIN payment_events waits ON waits.account = named.account
-                AND waits.livemode = named.livemode AND waits.customer_id = named.key
-                AND waits.user_id IS NULL
+            FROM {keys:2} named {find:payment_events:payment_events.account = named.account
+                AND payment_events.livemode = named.livemode AND payment_events.customer_id = named.key
+                AND payment_events.user_id IS NULL}
         """,
     "ties": """
-        SELECT ties.account, ties.livemode, customer_id, user_id, via, occurred_at, event_id
-        FROM {keys:1} named JOIN customer_ties ties ON ties.account = named.account
-            AND ties.livemode = named.livemode AND customer_id = named.key
+        SELECT customer_ties.account, customer_ties.livemode, customer_id, user_id, via, occurred_at, event_id
+        FROM {keys:1} named {find:customer_ties:customer_ties.account = named.account
+            AND customer_ties.livemode = named.livemode AND customer_ties.customer_id = named.key}
         """,
     "entitlements": """
         SELECT user_id, plan_code, CAST(entitlements AS text), status, activated_at, valid_until, version
-        FROM {texts:1} named JOIN user_entitlements ON user_id = named.text
+        FROM {texts:1} named {find:user_entitlements:user_entitlements.user_id = named.text}
         """,
 }
 _SQL["facts_until"] = _SQL["facts"].replace("{until}", "as_of <= {2}")
-_SQL["facts"] = _SQL["facts"].replace("{until}", "true")
+_SQL["facts"] = _SQL["facts"].replace(" AND {until}", "")
 
 _ROWS = {
     "postgresql": {
@@ -369,13 +383,27 @@ _ROWS = {
         "value": "?@",
     },
 }
+# PostgreSQL can't know how few names come: it would rather read a table of some ten thousand rows whole than
+# look up the hundreds that it expects. OFFSET 0 keeps it from making another kind of join of the lookups.
+_FIND = re.compile(r"\{find:(\w+):([^{}]+)\}")
+_FOUND = {
+    "postgresql": r"CROSS JOIN LATERAL (SELECT * FROM \1 WHERE \2 OFFSET 0) \1",
+    "sqlite": r"JOIN \1 ON \2",
+}
+_SOME = re.compile(r"\{some:([^{}]+)\}")
+_SOME_FACTS = {
+    "postgresql": r"CROSS JOIN LATERAL (SELECT * FROM facts WHERE \1) facts",
+    "sqlite": r"JOIN facts ON facts.rowid IN (SELECT rowid FROM facts WHERE \1)",
+}
 
 
 @functools.cache
 def _statement(dialect: str, name: str) -> str:
     forms = _ROWS[dialect]
-    return re.sub(
+    # The bare values first: they also stand within the conditions of joins.
+    sql = re.sub(
         r"\{(?:(keys|texts):)?([1-3])\}",
         lambda found: forms[found[1] or "value"].replace("@", found[2]),
         _SQL[name].replace("{newest}", str(FACTS_PER_SUBJECT_MAX)),
     )
+    return _SOME.sub(_SOME_FACTS[dialect], _FIND.sub(_FOUND[dialect], sql))
