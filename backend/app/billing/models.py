@@ -11,6 +11,9 @@ import sqlalchemy as sa
 from backend.app.billing.domain.facts import FeatureValue
 from backend.app.core.database import Json, UtcDateTime, metadata
 
+# Only keys begin with the account. Other indexes begin with what tells rows apart: all rows of a deployment have
+# one account, and a plan that PostgreSQL makes while a table is empty may take any index that begins with it.
+
 # One row per event that was ever processed, for ever: the unique key that makes its effect happen once.
 # Narrow on purpose, so that it can outlive the payload.
 webhook_claims = sa.Table(
@@ -57,33 +60,33 @@ webhook_events = sa.Table(
     # By these two a deleted customer's events are found; refunds and disputes name no customer.
     sa.Index(
         "ix_webhook_events_customer_id",
+        "customer_id",
         "account",
         "livemode",
-        "customer_id",
         postgresql_where=sa.text("customer_id IS NOT NULL"),
         sqlite_where=sa.text("customer_id IS NOT NULL"),
     ),
     sa.Index(
         "ix_webhook_events_subject_without_customer",
+        "subject_key",
         "account",
         "livemode",
-        "subject_key",
         postgresql_where=sa.text("customer_id IS NULL"),
         sqlite_where=sa.text("customer_id IS NULL"),
     ),
     sa.Index(
         "ix_webhook_events_waiting_subject",
+        "subject_key",
         "account",
         "livemode",
-        "subject_key",
         postgresql_where=sa.text("status = 'parked'"),
         sqlite_where=sa.text("status = 'parked'"),
     ),
     sa.Index(
         "ix_webhook_events_waiting_customer",
+        "customer_id",
         "account",
         "livemode",
-        "customer_id",
         postgresql_where=sa.text("status = 'parked'"),
         sqlite_where=sa.text("status = 'parked'"),
     ),
@@ -101,7 +104,7 @@ sources = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.Index("ix_sources_user_id", "user_id"),
-    sa.Index("ix_sources_customer_id", "account", "livemode", "customer_id"),
+    sa.Index("ix_sources_customer_id", "customer_id", "account", "livemode"),
 )
 
 # Every fact about a subject; `body` is the translated fact, `as_of` the event's own time. Facts of the kinds
@@ -127,7 +130,7 @@ links = sa.Table(
     sa.Column("child", sa.Text, primary_key=True),
     sa.Column("parent", sa.Text, primary_key=True),
     # With the child in it: SQLite would else rather walk through all of an account's links in the key's index.
-    sa.Index("ix_links_parent", "account", "livemode", "parent", "child"),
+    sa.Index("ix_links_parent", "parent", "account", "livemode", "child"),
 )
 
 # Which event claimed that a customer is a user.
@@ -206,25 +209,25 @@ payment_events = sa.Table(
     sa.Index("ix_payment_events_created_at", "created_at"),
     sa.Index(
         "ix_payment_events_unattributed_customer",
+        "customer_id",
         "account",
         "livemode",
-        "customer_id",
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
     ),
     sa.Index(
         "ix_payment_events_unattributed_subject",
+        "subject_key",
         "account",
         "livemode",
-        "subject_key",
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
     ),
     sa.Index(
         "ix_payment_events_unnamed_subject",
+        "subject_key",
         "account",
         "livemode",
-        "subject_key",
         postgresql_where=sa.text("plan_code IS NULL"),
         sqlite_where=sa.text("plan_code IS NULL"),
     ),

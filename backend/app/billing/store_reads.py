@@ -102,6 +102,7 @@ _SQL = """
         UNION
         SELECT reached.place, links.account, links.livemode, links.child
         FROM reached JOIN {links}
+        WHERE links.account = reached.account AND links.livemode = reached.livemode
     ), gathered_sources AS (
         SELECT place, {rows}({json}(source)) AS sources FROM (
             SELECT place, {row}(account, livemode, source_key, customer_id) AS source
@@ -139,7 +140,7 @@ _SQL = """
     """
 _JOINED = {
     "sources": "sources.user_id = named.user_id",
-    "links": "links.account = reached.account AND links.livemode = reached.livemode AND links.parent = reached.key",
+    "links": "links.parent = reached.key",
     "user_entitlements": "user_entitlements.user_id = named.user_id",
 }
 _WORDS = {

@@ -272,8 +272,8 @@ _SQL = {
                 AND sources.livemode = reached.livemode AND sources.source_key = reached.key}
             UNION
             SELECT sources.account, sources.livemode, sources.customer_id, sources.user_id
-            FROM customers {find:sources:sources.account = customers.account
-                AND sources.livemode = customers.livemode AND sources.customer_id = customers.key}
+            FROM customers {find:sources:sources.customer_id = customers.key}
+            WHERE sources.account = customers.account AND sources.livemode = customers.livemode
         ), concerned AS (
             SELECT account, livemode, key FROM customers
             UNION
@@ -291,8 +291,8 @@ _SQL = {
             FROM {keys:1} named {find:sources:sources.account = named.account
                 AND sources.livemode = named.livemode AND sources.source_key = named.key}
         UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
-            FROM {keys:2} named {find:sources:sources.account = named.account
-                AND sources.livemode = named.livemode AND sources.customer_id = named.key}
+            FROM {keys:2} named {find:sources:sources.customer_id = named.key}
+            WHERE sources.account = named.account AND sources.livemode = named.livemode
         UNION SELECT sources.account, sources.livemode, source_key, customer_id, user_id
             FROM {texts:3} named {find:sources:sources.user_id = named.text}
         """,
@@ -301,8 +301,8 @@ _SQL = {
             SELECT account, livemode, key FROM {keys:1} named
             UNION
             SELECT links.account, links.livemode, links.child
-            FROM reached {find:links:links.account = reached.account
-                AND links.livemode = reached.livemode AND links.parent = reached.key}
+            FROM reached {find:links:links.parent = reached.key}
+            WHERE links.account = reached.account AND links.livemode = reached.livemode
         )
         SELECT links.account, links.livemode, child, parent
         FROM reached {find:links:links.account = reached.account
@@ -336,25 +336,25 @@ _SQL = {
         """,
     "waiting": """
         SELECT named.account, named.livemode, named.key
-            FROM {keys:1} named {find:webhook_events:webhook_events.account = named.account
-                AND webhook_events.livemode = named.livemode AND webhook_events.subject_key = named.key
+            FROM {keys:1} named {find:webhook_events:webhook_events.subject_key = named.key
                 AND webhook_events.status = 'parked'}
+            WHERE webhook_events.account = named.account AND webhook_events.livemode = named.livemode
         UNION SELECT named.account, named.livemode, 'cus:' || named.key
-            FROM {keys:2} named {find:webhook_events:webhook_events.account = named.account
-                AND webhook_events.livemode = named.livemode AND webhook_events.customer_id = named.key
+            FROM {keys:2} named {find:webhook_events:webhook_events.customer_id = named.key
                 AND webhook_events.status = 'parked'}
+            WHERE webhook_events.account = named.account AND webhook_events.livemode = named.livemode
         UNION SELECT named.account, named.livemode, named.key
-            FROM {keys:1} named {find:payment_events:payment_events.account = named.account
-                AND payment_events.livemode = named.livemode AND payment_events.subject_key = named.key
+            FROM {keys:1} named {find:payment_events:payment_events.subject_key = named.key
                 AND payment_events.user_id IS NULL}
+            WHERE payment_events.account = named.account AND payment_events.livemode = named.livemode
         UNION SELECT named.account, named.livemode, named.key
-            FROM {keys:1} named {find:payment_events:payment_events.account = named.account
-                AND payment_events.livemode = named.livemode AND payment_events.subject_key = named.key
+            FROM {keys:1} named {find:payment_events:payment_events.subject_key = named.key
                 AND payment_events.plan_code IS NULL}
+            WHERE payment_events.account = named.account AND payment_events.livemode = named.livemode
         UNION SELECT named.account, named.livemode, 'cus:' || named.key
-            FROM {keys:2} named {find:payment_events:payment_events.account = named.account
-                AND payment_events.livemode = named.livemode AND payment_events.customer_id = named.key
+            FROM {keys:2} named {find:payment_events:payment_events.customer_id = named.key
                 AND payment_events.user_id IS NULL}
+            WHERE payment_events.account = named.account AND payment_events.livemode = named.livemode
         """,
     "ties": """
         SELECT customer_ties.account, customer_ties.livemode, customer_id, user_id, via, occurred_at, event_id
@@ -385,6 +385,8 @@ _ROWS = {
 }
 # PostgreSQL can't know how few names come: it would rather read a table of some ten thousand rows whole than
 # look up the hundreds that it expects. OFFSET 0 keeps it from making another kind of join of the lookups.
+# What is not looked up by a table's key is looked up without account and livemode, which are compared after: a plan
+# that was made while the table was empty could else take the key's index by these two alone.
 _FIND = re.compile(r"\{find:(\w+):([^{}]+)\}")
 _FOUND = {
     "postgresql": r"CROSS JOIN LATERAL (SELECT * FROM \1 WHERE \2 OFFSET 0) \1",

@@ -125,6 +125,9 @@ class Database:
                         "timezone": "UTC",
                         # Our statements take a millisecond or two; to compile one may take a second.
                         "jit": "off",
+                        # They look rows up by their keys. A plan that was made while a table was almost empty,
+                        # and kept, would else read it whole for each key when it has grown.
+                        "enable_seqscan": "off",
                         "lock_timeout": f"{LOCK_WAIT_SECONDS}s",
                         "statement_timeout": f"{STATEMENT_SECONDS_MAX}s",
                         "idle_in_transaction_session_timeout": f"{2 * STATEMENT_SECONDS_MAX}s",

@@ -137,7 +137,7 @@ def upgrade() -> None:
         sa.Column("parent", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("account", "livemode", "child", "parent", name="pk_links"),
     )
-    op.create_index("ix_links_parent", "links", ["account", "livemode", "parent", "child"], unique=False)
+    op.create_index("ix_links_parent", "links", ["parent", "account", "livemode", "child"], unique=False)
     op.create_table(
         "outbox",
         sa.Column("id", sa.String(length=36), nullable=False),
@@ -189,7 +189,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_payment_events_unattributed_customer",
         "payment_events",
-        ["account", "livemode", "customer_id"],
+        ["customer_id", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
@@ -197,7 +197,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_payment_events_unattributed_subject",
         "payment_events",
-        ["account", "livemode", "subject_key"],
+        ["subject_key", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("user_id IS NULL"),
         sqlite_where=sa.text("user_id IS NULL"),
@@ -205,7 +205,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_payment_events_unnamed_subject",
         "payment_events",
-        ["account", "livemode", "subject_key"],
+        ["subject_key", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("plan_code IS NULL"),
         sqlite_where=sa.text("plan_code IS NULL"),
@@ -229,7 +229,7 @@ def upgrade() -> None:
         sa.Column("updated_at", INSTANT, nullable=False),
         sa.PrimaryKeyConstraint("account", "livemode", "source_key", name="pk_sources"),
     )
-    op.create_index("ix_sources_customer_id", "sources", ["account", "livemode", "customer_id"], unique=False)
+    op.create_index("ix_sources_customer_id", "sources", ["customer_id", "account", "livemode"], unique=False)
     op.create_index("ix_sources_user_id", "sources", ["user_id"], unique=False)
     op.create_table(
         "user_entitlements",
@@ -282,7 +282,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_webhook_events_customer_id",
         "webhook_events",
-        ["account", "livemode", "customer_id"],
+        ["customer_id", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("customer_id IS NOT NULL"),
         sqlite_where=sa.text("customer_id IS NOT NULL"),
@@ -290,7 +290,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_webhook_events_subject_without_customer",
         "webhook_events",
-        ["account", "livemode", "subject_key"],
+        ["subject_key", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("customer_id IS NULL"),
         sqlite_where=sa.text("customer_id IS NULL"),
@@ -299,7 +299,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_webhook_events_waiting_customer",
         "webhook_events",
-        ["account", "livemode", "customer_id"],
+        ["customer_id", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("status = 'parked'"),
         sqlite_where=sa.text("status = 'parked'"),
@@ -307,7 +307,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_webhook_events_waiting_subject",
         "webhook_events",
-        ["account", "livemode", "subject_key"],
+        ["subject_key", "account", "livemode"],
         unique=False,
         postgresql_where=sa.text("status = 'parked'"),
         sqlite_where=sa.text("status = 'parked'"),

@@ -54,15 +54,42 @@ async def old_service(history_url: str) -> AsyncIterator[Harness]:
         yield harness
 
 
-async def test_every_statement_of_the_intake_finds_its_rows_by_an_index(old_service: Harness) -> None:
+@pytest.fixture
+async def new_service(
+    history_url: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[Harness]:
+    """A running service on the same kind of database, in which nothing was ever stored."""
+    if history_url.startswith("sqlite"):
+        url = f"sqlite:///{tmp_path / 'new.db'}"
+    else:
+        server: PostgresServer = request.getfixturevalue("postgres_server")
+        url = server.create_database("plans_new")
+    try:
+        database = Database.open(url)
+        await migrate(database)
+        await database.close()
+        async with running_service(url) as harness:
+            yield harness
+    finally:
+        if not url.startswith("sqlite"):
+            server.drop_database("plans_new")
+
+
+async def test_every_statement_of_the_intake_finds_its_rows_by_an_index(
+    old_service: Harness, new_service: Harness
+) -> None:
     with recorded(old_service.service.database) as seen:
         await _deliver_all_kinds(old_service)
     touched = {name for name in GROWING_NAMES for sql in seen if name in sql}
     assert touched == GROWING_NAMES
     assert await _bad(old_service, seen) == {}
+    # A prepared statement keeps the plan that it got on the first day.
+    assert await _bad(new_service, seen) == {}
 
 
-async def test_every_statement_of_the_reads_finds_its_rows_by_an_index(old_service: Harness) -> None:
+async def test_every_statement_of_the_reads_finds_its_rows_by_an_index(
+    old_service: Harness, new_service: Harness
+) -> None:
     key = await old_service.service.api_keys.create("test", Scope.READ)
     user_id = f"usr_{name_of(LIVES // 2)}"
     with recorded(old_service.service.database) as seen:
@@ -91,6 +118,7 @@ async def test_every_statement_of_the_reads_finds_its_rows_by_an_index(old_servi
         assert answer.status_code == 200, answer.text
     assert len(seen) > 10
     assert await _bad(old_service, seen) == {}
+    assert await _bad(new_service, seen) == {}
 
 
 @pytest.mark.parametrize(
