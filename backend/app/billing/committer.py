@@ -10,6 +10,7 @@ gathered while the one before was on its way to the disk, so that many deliverie
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Committer(Generic[Item, Result]):
         self._lanes: set[asyncio.Task[None]] = set()
         # Counted apart, because a task that has returned is done a moment later only.
         self._lanes_busy = 0
+        # Those of them that have nothing in hand yet.
+        self._lanes_free = 0
 
     async def submit(self, item: Item) -> Result:
         """The result for an item, once its transaction has committed.
@@ -73,6 +76,7 @@ class Committer(Generic[Item, Result]):
         self._queue.append(_Waiting(item, done))
         if self._lanes_busy < self._lanes_max:
             self._lanes_busy += 1
+            self._lanes_free += 1
             lane = asyncio.create_task(self._lane(), name="committer-lane")
             self._lanes.add(lane)
             lane.add_done_callback(self._lanes.discard)
@@ -86,9 +90,16 @@ class Committer(Generic[Item, Result]):
     async def _lane(self) -> None:
         try:
             while self._queue:
-                size = min(len(self._queue), self._batch_items_max)
-                await self._do([self._queue.popleft() for _ in range(size)])
+                # While the rows of one batch are on their way, the next one is decided.
+                share = math.ceil(len(self._queue) / self._lanes_free)
+                batch = [self._queue.popleft() for _ in range(min(share, self._batch_items_max))]
+                self._lanes_free -= 1
+                try:
+                    await self._do(batch)
+                finally:
+                    self._lanes_free += 1
         finally:
+            self._lanes_free -= 1
             self._lanes_busy -= 1
 
     async def _do(self, batch: Sequence[_Waiting[Item, Result]]) -> None:

@@ -139,6 +139,19 @@ async def test_transactions_run_side_by_side_but_no_more_of_them_than_there_are_
     assert store.batches[2:] == [[2, 3, 4]]
 
 
+async def test_what_comes_at_once_is_shared_among_the_lanes_that_are_free() -> None:
+    store = Store()
+    committer = Committer(store.commit, lanes=3)
+    store.open.clear()
+    busy = asyncio.create_task(committer.submit(0))
+    await settle()
+    callers = [asyncio.create_task(committer.submit(item)) for item in range(1, 8)]
+    await settle()
+    assert store.batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
+    store.open.set()
+    assert await asyncio.gather(busy, *callers) == [-item for item in range(8)]
+
+
 async def test_a_stop_waits_for_what_was_taken() -> None:
     store = Store()
     committer = Committer(store.commit, lanes=1)
