@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
-import sqlalchemy as sa
 from pydantic import Field, TypeAdapter
 
 from backend.app.billing.domain.facts import Fact, SubjectId
 from backend.app.billing.domain.state import Owned, State
 from backend.app.billing.store_state import FACTS_PER_SUBJECT_MAX
-from backend.app.core.database import NOW_SQL, Tx, UtcDateTime
+from backend.app.core.database import NOW_SQL, Tx, fetch, instant_parameter, known_instant
 
 _Facts = list[Annotated[Fact, Field(discriminator="kind")]]
 # Account, livemode, key and customer of each source.
@@ -77,15 +76,15 @@ async def load_users(
 
     Beside each the database's clock, read after the rows.
     """
-    found = await tx.execute(
-        statement(tx.dialect.name, is_bounded=until is not None),
-        {"users": json.dumps(users), "newest": FACTS_PER_SUBJECT_MAX}
-        | ({} if until is None else {"until": until}),
-    )
+    parameters: tuple[Any, ...] = (json.dumps(users),)
+    if until is not None:
+        parameters += (instant_parameter(tx, until),)
+    found = await fetch(tx, statement(tx.dialect.name, is_bounded=until is not None), parameters)
     by_place: dict[int, tuple[UserRows, datetime]] = {}
     for place, sources, subjects, version, activated_at, now in found:
-        rows = UserRows(users[place], sources or "[]", subjects or "[]", version or 0, activated_at)
-        by_place[place] = (rows, now)
+        activated = None if activated_at is None else known_instant(activated_at)
+        rows = UserRows(users[place], sources or "[]", subjects or "[]", version or 0, activated)
+        by_place[place] = (rows, known_instant(now))
     return [by_place[place] for place in range(len(users))]
 
 
@@ -126,7 +125,7 @@ _SQL = """
                         FROM facts WHERE facts.account = reached.account
                             AND facts.livemode = reached.livemode AND facts.subject_key = reached.key
                             AND {until}
-                    ) numbered WHERE number <= :newest ORDER BY kind, as_of, event_id
+                    ) numbered WHERE number <= {newest} ORDER BY kind, as_of, event_id
                 ) each_fact
             ))) AS subject
             FROM reached ORDER BY place, account, livemode, key
@@ -145,8 +144,9 @@ _JOINED = {
 }
 _WORDS = {
     "postgresql": {
+        "until": "$2",
         "named": "SELECT number - 1, text FROM"
-        " jsonb_array_elements_text(CAST(:users AS jsonb)) WITH ORDINALITY AS e(text, number)",
+        " jsonb_array_elements_text($1::text::jsonb) WITH ORDINALITY AS e(text, number)",
         "row": "json_build_array",
         "rows": "json_agg",
         "json": "",
@@ -158,7 +158,8 @@ _WORDS = {
         },
     },
     "sqlite": {
-        "named": "SELECT key, value FROM json_each(:users)",
+        "until": "?2",
+        "named": "SELECT key, value FROM json_each(?1)",
         "row": "json_array",
         "rows": "json_group_array",
         "json": "json",
@@ -168,19 +169,11 @@ _WORDS = {
 
 
 @functools.cache
-def statement(dialect: str, *, is_bounded: bool) -> Any:
-    """The statement of `load_users`, with the parameters users, newest and, where it is bounded, until."""
-    sql = _SQL.format(
-        **_WORDS[dialect], now=NOW_SQL[dialect], until="as_of <= :until" if is_bounded else "true"
-    )
-    text = sa.text(sql)
-    if is_bounded:
-        text = text.bindparams(sa.bindparam("until", type_=UtcDateTime()))
-    return text.columns(
-        sa.column("place"),
-        sa.column("sources"),
-        sa.column("subjects"),
-        sa.column("version"),
-        sa.column("activated_at", UtcDateTime()),
-        sa.column("now", UtcDateTime()),
+def statement(dialect: str, *, is_bounded: bool) -> str:
+    """The statement of `load_users`: its first parameter is the users as JSON, its second the instant, if any."""
+    words = _WORDS[dialect]
+    return _SQL.format(
+        **{**words, "until": f"as_of <= {words['until']}" if is_bounded else "true"},
+        now=NOW_SQL[dialect],
+        newest=FACTS_PER_SUBJECT_MAX,
     )

@@ -232,11 +232,15 @@ async def fetch(tx: Tx, sql: str, parameters: tuple[Any, ...] = ()) -> Sequence[
     if tx.dialect.name == "postgresql" and tx.sync_connection is not None:
         driver = tx.sync_connection.connection.driver_connection
         # The first statement of a transaction goes the long way, on which SQLAlchemy begins it.
-        if driver is not None and driver.is_in_transaction():
+        if driver is not None and (driver.is_in_transaction() or _is_without_transaction(tx)):
             rows: Sequence[Sequence[Any]] = await driver.fetch(sql, *parameters)
             return rows
     result = await tx.exec_driver_sql(sql, parameters)
     return result.all() if result.returns_rows else ()
+
+
+def _is_without_transaction(tx: Tx) -> bool:
+    return tx.sync_connection is not None and "isolation_level" in tx.sync_connection.get_execution_options()
 
 
 def known_instant(value: datetime | str) -> datetime:

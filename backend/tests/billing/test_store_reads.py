@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -110,8 +111,7 @@ async def test_every_row_is_found_by_an_index_also_while_tables_are_small(servic
 
 async def _plan(tx: Tx, database: Database) -> str:
     """How the database means to run the statement."""
-    statement = str(store_reads.statement(tx.dialect.name, is_bounded=False))
+    statement = store_reads.statement(tx.dialect.name, is_bounded=False)
     explain = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
-    text = statement.replace(":users", '\'["usr_1","usr_2"]\'').replace(":newest", "64")
-    found = await tx.exec_driver_sql(f"{explain} {text}")
+    found = await tx.exec_driver_sql(f"{explain} {statement}", (json.dumps(["usr_1", "usr_2"]),))
     return "\n".join(str(row[-1]) for row in found)
