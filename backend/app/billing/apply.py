@@ -33,10 +33,10 @@ from backend.app.billing.domain.decide import (
     decide,
 )
 from backend.app.billing.domain.facts import ACTION_ID_PREFIX, CustomerId, Event, SubjectId, Translation
-from backend.app.billing.domain.state import State
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
 from backend.app.billing.reread import reread_message
+from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock
 from backend.app.core.database import Tx
@@ -77,7 +77,7 @@ class Applier:
 
     async def preview(self, tx: Tx, event: Event, translation: Translation) -> Decision:
         """What `apply` would decide now; nothing is written, and what it concerns stays locked."""
-        _, state = await store_state.load_locked(tx, named_parties(event, translation))
+        state, _ = await store_state.load_locked(tx, named_parties(event, translation))
         return decide(self._catalog, state, event, translation, now=self._clock.now())[1]
 
     async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
@@ -100,8 +100,7 @@ class Applier:
         writes = _Writes(tx, effects, now)
         decisions: list[Decision] = []
         if known:
-            parties, state = await store_state.load_locked(tx, store_state.Parties.together(known))
-            waiting = await store_state.load_waiting(tx, _subjects(state, parties), parties.customers)
+            state, waiting = await store_state.load_locked(tx, store_state.Parties.together(known))
             numbers, states = components(state, [party_names(one) for one in known])
             places = iter(numbers)
         for each in assertions:
@@ -113,7 +112,7 @@ class Applier:
                     self._catalog, states[number], each.event, each.asserts, now=now
                 )
                 states[number] = states[number].within(
-                    store_state.FACTS_PER_SUBJECT_MAX, [subject for subject, _ in decision.facts]
+                    FACTS_PER_SUBJECT_MAX, [subject for subject, _ in decision.facts]
                 )
                 writes.add(each.event, decision)
                 if _concerns(decision, waiting):
@@ -251,10 +250,6 @@ def named_parties(event: Event, translation: Translation) -> store_state.Parties
 def party_names(parties: store_state.Parties) -> list[Hashable]:
     """The names by which events are seen to concern each other."""
     return [*parties.subjects, *map(customer_name, parties.customers), *parties.users]
-
-
-def _subjects(state: State, parties: store_state.Parties) -> set[SubjectId]:
-    return {*parties.subjects, *state.sources, *state.parents, *state.facts}
 
 
 def _concerns(decision: Decision, waiting: set[SubjectId]) -> bool:

@@ -293,7 +293,7 @@ async def _locked(
         # All locks are taken at once, and a claim may concern each of the customer's sources.
         seen = await store_state.load_state(tx, await store_state.load_parties(tx, named))
         named = replace(named, subjects=frozenset(_sources_of_customer(seen, customer)))
-    _, state = await store_state.load_locked(tx, named)
+    state, _ = await store_state.load_locked(tx, named)
     if source is not None and source not in state.sources:
         raise NotFound("Nothing was ever heard of this source.")
     return state

@@ -18,7 +18,6 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from backend.app.billing import store_rebuild as rows
-from backend.app.billing import store_state
 from backend.app.billing.domain.access import named_users
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.decide import NO_USER, Attribution, Decision, Status, Waiting, decide
@@ -40,6 +39,7 @@ from backend.app.billing.providers.fields import TranslationError
 from backend.app.billing.providers.stripe import customer_named, translate
 from backend.app.billing.providers.stripe_event import StripeEvent, read_event
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
+from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.billing.strict_json import parse_event_json
 
 _FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
@@ -303,14 +303,12 @@ def _within_window(state: State, subjects: Iterable[SubjectId]) -> State:
     changed: dict[SubjectId, tuple[Fact, ...]] = {}
     for subject in subjects:
         known = state.facts[subject]
-        if len(known) <= store_state.FACTS_PER_SUBJECT_MAX:
+        if len(known) <= FACTS_PER_SUBJECT_MAX:
             continue
         kept: defaultdict[str, list[Fact]] = defaultdict(list)
         for fact in sorted(known, key=lambda fact: (fact.as_of, fact.event_id)):
             kept[fact.kind].append(fact)
-        changed[subject] = tuple(
-            fact for group in kept.values() for fact in group[-store_state.FACTS_PER_SUBJECT_MAX :]
-        )
+        changed[subject] = tuple(fact for group in kept.values() for fact in group[-FACTS_PER_SUBJECT_MAX:])
     return replace(state, facts={**state.facts, **changed}) if changed else state
 
 

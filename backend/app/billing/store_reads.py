@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 
 from backend.app.billing.domain.facts import Fact, SubjectId
 from backend.app.billing.domain.state import Owned, State
-from backend.app.billing.store_state import FACTS_PER_SUBJECT_MAX
+from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.core.database import NOW_SQL, Tx, fetch, instant_parameter, known_instant
 
 _Facts = list[Annotated[Fact, Field(discriminator="kind")]]

@@ -6,6 +6,7 @@ import asyncio
 
 from backend.app.billing import store_state
 from backend.app.billing.domain.facts import CheckoutFact, Fact, SubjectId
+from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.core.clock import from_unix
 from backend.app.simulator import objects
 from backend.tests.faults import events
@@ -13,7 +14,7 @@ from backend.tests.faults.events import EPOCH
 from backend.tests.support.billing import Harness
 
 SUBJECT = SubjectId("", False, "sub:sub_long")
-SNAPSHOTS = store_state.FACTS_PER_SUBJECT_MAX + 6
+SNAPSHOTS = FACTS_PER_SUBJECT_MAX + 6
 
 
 async def test_a_decision_sees_the_newest_snapshots_and_still_the_first_checkout(service: Harness) -> None:
@@ -21,7 +22,7 @@ async def test_a_decision_sees_the_newest_snapshots_and_still_the_first_checkout
     async with service.service.database.snapshot() as tx:
         state = await store_state.load_state_of_users(tx, ["usr_long"])
     found = state.facts[SUBJECT]
-    newest = range(SNAPSHOTS - store_state.FACTS_PER_SUBJECT_MAX, SNAPSHOTS)
+    newest = range(SNAPSHOTS - FACTS_PER_SUBJECT_MAX, SNAPSHOTS)
     assert sorted(_snapshots(found)) == sorted(f"evt_long_{number}" for number in newest)
     assert [fact.event_id for fact in found if isinstance(fact, CheckoutFact)] == ["evt_checkout"]
 
