@@ -385,3 +385,53 @@ async def test_a_long_lived_subscription_keeps_the_user_and_plan_of_its_checkout
         await sent(service, event)
     assert (await service.entitlements("user_1"))["plan_code"] == "vip"
     assert (await service.entitlements("user_2"))["plan_code"] == "free"
+
+
+def upgraded_then_ended() -> dict[str, dict[str, Any]]:
+    """A subscription that began as premium, paid, became vip and ended; by what happened."""
+    began = unix_now() - 4 * DAY_SECONDS
+
+    def snapshot(price: str, **rest: Any) -> dict[str, Any]:
+        return subscription(
+            prices=[objects.price(price)], period_start=began, metadata={"user_id": "user_1"}, **rest
+        )
+
+    paid = objects.invoice("in_1", customer="cus_1", subscription_id="sub_1", period_start=began)
+    day = DAY_SECONDS
+    return {
+        "created": happened(
+            "evt_1", "customer.subscription.created", snapshot("premium_monthly"), created=began
+        ),
+        "paid": happened("evt_2", "invoice.paid", paid, created=began + day),
+        "upgraded": happened(
+            "evt_3", "customer.subscription.updated", snapshot("vip_monthly"), created=began + 2 * day
+        ),
+        "ended": happened(
+            "evt_4",
+            "customer.subscription.deleted",
+            snapshot("vip_monthly", status="canceled", ended_at=began + 3 * day),
+            created=began + 3 * day,
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("order", "plan_code"),
+    [
+        (("created", "paid", "upgraded", "ended"), "premium"),
+        (("created", "ended", "upgraded", "paid"), "premium"),
+        (("ended", "upgraded", "created", "paid"), "premium"),
+        # Of its beginning nothing was heard.
+        (("ended", "paid"), "vip"),
+    ],
+)
+async def test_money_is_written_with_the_plan_of_its_time_however_late_it_comes(
+    service: Harness, order: tuple[str, ...], plan_code: str
+) -> None:
+    life = upgraded_then_ended()
+    for what in order:
+        await sent(service, life[what])
+    (line,) = await service.rows(
+        "SELECT user_id, plan_code FROM payment_events WHERE event_type = 'invoice_paid'"
+    )
+    assert (line["user_id"], line["plan_code"]) == ("user_1", plan_code)

@@ -63,8 +63,9 @@ class Reading:
     """What a source comes to.
 
     `status` is Stripe's word or one of ours; `as_of` when it became so; `rule` why it gives access or not;
-    `grants` whether the status gives access; `pending` that it may do so yet; `unknown`
-    names the prices or plans that the catalog lacks although access should follow from them.
+    `grants` whether the status gives access; `pending` that it may do so yet; `sold` is the highest plan
+    that it is about also where it gives none now; `unknown` names the prices or plans that the catalog
+    lacks although access should follow from them.
     """
 
     status: str
@@ -73,6 +74,7 @@ class Reading:
     event_id: str
     grants: bool
     pending: bool = False
+    sold: Plan | None = None
     accesses: tuple[Access, ...] = ()
     unknown: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
@@ -84,9 +86,9 @@ class Reading:
 
     @property
     def plan(self) -> Plan | None:
-        """The highest plan it gives."""
+        """The highest plan it gives, else the one it sold: money that came after the end was for that one too."""
         plans = [access.plan for access in self.accesses if access.plan is not None]
-        return max(plans, key=lambda plan: plan.rank, default=None)
+        return max(plans, key=lambda plan: plan.rank, default=self.sold)
 
 
 def owner(source: Source, ties: Mapping[CustomerId, frozenset[Tie]]) -> str | None:

@@ -28,7 +28,7 @@ from backend.app.billing.domain.facts import (
     Translation,
     prices_of,
 )
-from backend.app.billing.domain.merge import Entitlement, entitlement_of, live_accesses
+from backend.app.billing.domain.merge import Entitlement, entitlement_of, live_accesses, read_source
 from backend.app.billing.domain.pricing import NO_PLAN_NAMED, resolve_plan
 from backend.app.billing.domain.state import NO_FACTS, Owned, State
 from backend.app.billing.domain.subscriptions import KNOWN_STATUSES
@@ -152,7 +152,9 @@ def decide(
     source = _source_behind(state, subject)
     reading = state.reading(catalog, source) if source is not None else None
     user_id = _user_of(state, translation, source, customer)
-    plan_code = _plan_code_of(catalog, translation, reading)
+    plan_code = _plan_code_of(catalog, translation, _reading_at(catalog, state, source, event)) or (
+        reading.plan.code if reading is not None and reading.plan is not None else None
+    )
     reason = _reason_to_park(translation, reading, user_id, sells=source is not None and source == subject)
     return settled, Decision(
         status=Status.PARKED if reason else Status.SUCCESS,
@@ -328,6 +330,18 @@ def _user_of(
         if known is not None:
             return known
     return next((fact.metadata_user_id for fact in translation.payments if fact.metadata_user_id), None)
+
+
+def _reading_at(catalog: Catalog, state: State, source_id: SubjectId | None, event: Event) -> Reading | None:
+    """What a source came to when an event occurred, which may have come late: money was for the plan of its time."""
+    if source_id is None:
+        return None
+    source = state.source(source_id)
+    if all(fact.as_of <= event.occurred_at for fact in source.facts):
+        return state.reading(catalog, source_id)
+    return read_source(
+        catalog, source, at=event.occurred_at, is_part_of_another=bool(state.parents.get(source_id))
+    )
 
 
 def _plan_code_of(catalog: Catalog, translation: Translation, reading: Reading | None) -> str | None:

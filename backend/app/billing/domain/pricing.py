@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from backend.app.billing.domain.catalog import Catalog, Plan
@@ -51,3 +51,8 @@ def plans_of(
     if plan_hint not in catalog.plans:
         return [], (f"unknown_plan:{plan_hint}",)
     return [(catalog.plans[plan_hint], part) for _, part in parts[:1]], ()
+
+
+def highest(plans: Iterable[tuple[Plan, Part]]) -> Plan | None:
+    """The plan of the highest rank."""
+    return max((plan for plan, _ in plans), key=lambda plan: plan.rank, default=None)

@@ -17,7 +17,7 @@ from backend.app.billing.domain.facts import (
     PriceRef,
     PurchaseLine,
 )
-from backend.app.billing.domain.pricing import plans_of
+from backend.app.billing.domain.pricing import highest, plans_of
 from backend.app.billing.domain.reversals import LastPayment, full_refund, refunded_amount, reversal_of
 
 # A session that got paid stays paid; a failed or expired one was awaiting before.
@@ -146,6 +146,9 @@ def _bought(
     if reversal is None and refunded_at is not None and any(line.quantity == 0 for line in lines):
         # Every unit was given back, and only what came on top of them, such as shipping, was not.
         reversal = full_refund(refunded_at, refund_event_id)
+    # Where the event does not carry the lines, the session's own plan stands for them.
+    parts = lines or (PurchaseLine(line_id="", price=PriceRef(), quantity=1),)
+    plans, unknown = plans_of(catalog, [(line.price, line) for line in parts], plan_hint)
     if reversal is not None:
         return Reading(
             status=reversal.status,
@@ -153,10 +156,8 @@ def _bought(
             rule=reversal.rule,
             event_id=reversal.event_id,
             grants=False,
+            sold=highest(plans),
         )
-    # Where the event does not carry the lines, the session's own plan stands for them.
-    parts = lines or (PurchaseLine(line_id="", price=PriceRef(), quantity=1),)
-    plans, unknown = plans_of(catalog, [(line.price, line) for line in parts], plan_hint)
     return Reading(
         status="active",
         as_of=paid_at,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from backend.app.billing.domain.access import Access, Reading, Source
@@ -15,7 +16,7 @@ from backend.app.billing.domain.facts import (
     SubscriptionFact,
     SubscriptionItem,
 )
-from backend.app.billing.domain.pricing import plans_of
+from backend.app.billing.domain.pricing import highest, plans_of
 from backend.app.billing.domain.reversals import LastPayment, reversal_of
 from backend.app.billing.domain.timeline import TERMINAL_STATUSES, in_order
 
@@ -32,9 +33,6 @@ def read_subscription(catalog: Catalog, source: Source) -> Reading | None:
     if not known:
         return _without_status(snapshots, checkouts)
     fact = known[-1]
-    refused = _refusal(catalog, source, fact)
-    if refused is not None:
-        return refused
     plan_hint = fact.metadata_plan_code or next(
         (
             checkout.metadata_plan_code
@@ -43,12 +41,15 @@ def read_subscription(catalog: Catalog, source: Source) -> Reading | None:
         ),
         None,
     )
-    since = _past_due_since(known, source) if fact.status == "past_due" else None
     # A hand-made event may carry no items; then the subscription as a whole is the one item.
     items = fact.items or (
         SubscriptionItem(item_id="", price=PriceRef(), quantity=1, period_end=fact.period_end),
     )
     plans, unknown = plans_of(catalog, [(item.price, item) for item in items], plan_hint)
+    refused = _refusal(catalog, source, fact)
+    if refused is not None:
+        return replace(refused, sold=highest(plans))
+    since = _past_due_since(known, source) if fact.status == "past_due" else None
     accesses = tuple(_access(catalog, source, fact, plan, item, since) for plan, item in plans)
     return Reading(
         status=fact.status,
