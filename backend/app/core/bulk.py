@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from backend.app.core.database import Tx, UtcDateTime, fetch, sqlite_instant
+from backend.app.core.database import Tx, UtcDateTime, fetch, repeat, sqlite_instant
 
 Row = Mapping[str, Any]
 _Computed = tuple[tuple[str, str], ...]
@@ -72,7 +72,8 @@ async def insert_all(tx: Tx, inserts: Sequence[Insert]) -> None:
     for insert in wanted:
         columns = insert.columns
         writers = [_sqlite_writer(insert.table, column) for column in columns]
-        await tx.exec_driver_sql(
+        await repeat(
+            tx,
             _sqlite_insert(insert.table, columns, insert.on_conflict, insert.computed),
             [
                 tuple(write(row[column]) for write, column in zip(writers, columns, strict=True))

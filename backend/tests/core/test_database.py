@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import traceback
 import uuid
 
@@ -50,7 +51,7 @@ async def test_an_error_of_the_database_tells_no_value_of_a_row(migrated_url: st
                 await fetch(tx, _insert(database), (secret,))
 
     try:
-        with pytest.raises((sa.exc.IntegrityError, asyncpg.UniqueViolationError)) as caught:
+        with pytest.raises((sqlite3.IntegrityError, asyncpg.UniqueViolationError)) as caught:
             await use_twice()
         assert secret not in "".join(traceback.format_exception(caught.value))
     finally:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import secrets
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -220,7 +221,7 @@ async def requests_that_are_cancelled(url: str, redis_url: str, *, requests: int
         async def deliver(event: bytes) -> str:
             try:
                 await receive(event)
-            except (sa.exc.DBAPIError, asyncpg.PostgresError):
+            except (sqlite3.IntegrityError, asyncpg.PostgresError):
                 assert b"evt_broken" in event
                 return "refused"
             return "delivered"

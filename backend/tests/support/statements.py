@@ -7,12 +7,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import aiosqlite
 import asyncpg  # type: ignore[import-untyped]  # the driver ships no types
 import sqlalchemy as sa
 
 from backend.app.core.database import Database
 
 Watcher = Callable[[str, Any], None]
+
+# What `core/database.py` calls of the drivers themselves; SQLAlchemy calls other methods of theirs.
+_STRAIGHT = (
+    (asyncpg.Connection, "fetch"),
+    (aiosqlite.Connection, "execute_fetchall"),
+    (aiosqlite.Connection, "executemany"),
+)
+
+
+def _is_asyncpg(connection: Any) -> bool:
+    return isinstance(connection, asyncpg.Connection)
 
 
 def _nothing(_statement: str, _parameters: Any) -> None:
@@ -35,18 +47,23 @@ def watched_statements(
     def on_after(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
         after(statement, parameters)
 
-    fetch = asyncpg.Connection.fetch
+    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+        async def run_watched(connection: Any, statement: str, *parameters: Any) -> Any:
+            # SQLite's driver takes all parameters as one.
+            told = parameters if _is_asyncpg(connection) else parameters[0]
+            before(statement, told)
+            rows = await run(connection, statement, *parameters)
+            after(statement, told)
+            return rows
 
-    async def watched_fetch(connection: Any, statement: str, *parameters: Any, **options: Any) -> Any:
-        before(statement, parameters)
-        rows = await fetch(connection, statement, *parameters, **options)
-        after(statement, parameters)
-        return rows
+        return run_watched
 
     sa.event.listen(engine, "before_cursor_execute", on_before)
     sa.event.listen(engine, "after_cursor_execute", on_after)
     try:
-        with mock.patch.object(asyncpg.Connection, "fetch", watched_fetch):
+        with contextlib.ExitStack() as patches:
+            for kind, name in _STRAIGHT:
+                patches.enter_context(mock.patch.object(kind, name, watched(getattr(kind, name))))
             yield
     finally:
         sa.event.remove(engine, "before_cursor_execute", on_before)
