@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,14 +59,15 @@ AGE_SECONDS = MONTH_SECONDS
 class GrowthEffort:
     """Sizes in stored events; how many events are measured, after how many to warm up, in how many rounds.
 
-    `own` are numbers of events of one user, of `own_total` stored events in all; `own_events` of them are measured.
+    `own` are numbers of events of one user, by their kind, of `own_total` stored events in all; `own_events` of
+    them are measured.
     """
 
     sizes: Sequence[int]
     rounds: int
     warm_up: int
     events: int
-    own: Sequence[int]
+    own: Mapping[str, Sequence[int]]
     own_total: int
     own_events: int
 
@@ -77,12 +78,19 @@ FULL = GrowthEffort(
     rounds=3,
     warm_up=400,
     events=2_000,
-    own=(10, 100, 1_000, 10_000),
+    # The cost of an invoice grows with those before it; a thousand is one a day for three years.
+    own={"snapshots": (10, 100, 1_000, 10_000), "invoices": (10, 100, 1_000)},
     own_total=10_000,
     own_events=100,
 )
 QUICK = GrowthEffort(
-    sizes=(1_000, 10_000), rounds=1, warm_up=40, events=120, own=(10, 100), own_total=200, own_events=20
+    sizes=(1_000, 10_000),
+    rounds=1,
+    warm_up=40,
+    events=120,
+    own={"snapshots": (10, 100), "invoices": (10, 100)},
+    own_total=200,
+    own_events=20,
 )
 
 
@@ -116,7 +124,7 @@ def measure_growth(servers: Servers, effort: GrowthEffort, *, say: Callable[[str
     """
     return Growth(
         everybody=_measure_everybody(servers, effort, say),
-        one_user={kind: _measure_one_user(servers, effort, kind, say) for kind in ("snapshots", "invoices")},
+        one_user={kind: _measure_one_user(servers, effort, kind, say) for kind in effort.own},
     )
 
 
@@ -199,9 +207,10 @@ def _next_event(stored: int, turn: int, place: int, number: int) -> dict[str, An
 def _measure_one_user(
     servers: Servers, effort: GrowthEffort, kind: str, say: Callable[[str], None]
 ) -> list[GrowthPoint]:
+    sizes = effort.own[kind]
     with contextlib.ExitStack() as stack:
         services: dict[int, Running] = {}
-        for own in effort.own:
+        for own in sizes:
             say(f"growth: {own:,} {kind} of each user")
             name = f"growth_{kind}_{own}"
             url = servers.postgres.create_database(name, template=SMALLEST)
@@ -212,7 +221,7 @@ def _measure_one_user(
             _send(service, bodies, connections=SEEDING_CONNECTIONS)
             _check(service, servers, began, len(bodies))
             asyncio.run(_maintain(url))
-        samples: dict[int, list[Sample]] = {own: [] for own in effort.own}
+        samples: dict[int, list[Sample]] = {own: [] for own in sizes}
         for number in range(effort.rounds):
             for own, service in services.items():
                 users = effort.own_total // own
@@ -220,10 +229,7 @@ def _measure_one_user(
                 bodies = _own_events(kind, users, own + number * turns, turns)[: effort.own_events]
                 # Alone, so that it shares its cost with no other.
                 samples[own].append(timed(service, servers, signed_requests(tuple(bodies)), 1))
-        return [
-            GrowthPoint(stored=own, samples=samples[own], smallest=samples[effort.own[0]])
-            for own in effort.own
-        ]
+        return [GrowthPoint(stored=own, samples=samples[own], smallest=samples[sizes[0]]) for own in sizes]
 
 
 def _own_events(kind: str, users: int, first: int, turns: int) -> list[bytes]:
