@@ -29,6 +29,7 @@ DOMAIN_TESTS = ("backend/tests/domain", "backend/tests/providers")
 FLOW_TESTS = ("backend/tests/billing/test_flows.py", "backend/tests/billing/test_parking.py")
 BATCH_TESTS = "backend/tests/faults/test_batches.py"
 REVIEW_TESTS = ("backend/tests/test_pr_040_security.py",)
+ANSWER_TESTS = ("backend/tests/billing/test_answers.py",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ MUTANTS = (
         before="            await self._record_failure(genuine, error)\n            raise",
         after=(
             "            await self._record_failure(genuine, error)\n"
-            '            return Answer(body=b\'{"status":"success"}\')'
+            '            return Answer(body=b\'{"status":"success"}\', outcome="success")'
         ),
         tests=("backend/tests/faults/test_injected_faults.py",),
     ),
@@ -174,6 +175,20 @@ MUTANTS = (
         before="                if _concerns(decision, waiting):",
         after="                if False:",
         tests=FLOW_TESTS,
+    ),
+    Mutant(
+        name="a held answer is given out after a change of its own process",
+        path=f"{BILLING}/answers.py",
+        before="            held.reading.transactions_ended == self._database.transactions_ended\n            and ",
+        after="            ",
+        tests=ANSWER_TESTS,
+    ),
+    Mutant(
+        name="a held answer outlives the end of an access",
+        path=f"{BILLING}/answers.py",
+        before="min(HELD_SECONDS, (until - now).total_seconds()) if until else HELD_SECONDS",
+        after="HELD_SECONDS",
+        tests=ANSWER_TESTS,
     ),
 )
 
