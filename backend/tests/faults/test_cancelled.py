@@ -33,7 +33,8 @@ from backend.tests.support.server_process import LOOPBACK
 
 REQUESTS_SHORT = 300
 REQUESTS_LONG = 10_000
-USERS = 20
+# A user with hundreds of purchases would be another test: each decision looks at all of them.
+EVENTS_PER_USER = 15
 # So many go away at the same time, beside as many connections that stay.
 AT_ONCE = 20
 # A delivery takes a few milliseconds: some clients leave before it began, some within it, some after it.
@@ -102,8 +103,9 @@ async def assert_claims_and_events_agree(ledger: Ledger) -> None:
 async def clients_that_go_away(url: str, redis_url: str, directory: Path, *, requests: int) -> None:
     seed = secrets.randbits(32)
     chance = random.Random(seed)
-    dropped = [events.purchase(f"gone{n:05d}", user_id=f"user_{n % USERS}") for n in range(requests)]
-    stayed = [events.purchase(f"kept{n:05d}", user_id=f"user_{n % USERS}") for n in range(requests)]
+    users = requests // EVENTS_PER_USER
+    dropped = [events.purchase(f"gone{n:05d}", user_id=f"user_{n % users}") for n in range(requests)]
+    stayed = [events.purchase(f"kept{n:05d}", user_id=f"user_{n % users}") for n in range(requests)]
     points: Counter[str] = Counter()
     with servers(directory, url, redis_url=redis_url) as (service,):
         # Pools and caches as they are in a service that has been at work.
@@ -193,9 +195,10 @@ def quiet() -> Iterator[None]:
 async def requests_that_are_cancelled(url: str, redis_url: str, *, requests: int) -> None:
     seed = secrets.randbits(32)
     chance = random.Random(seed)
+    users = requests // EVENTS_PER_USER
     sent = [
         # Of ten, one is refused by the database, so that a failure is being written down when it is cancelled.
-        events.purchase(f"{'broken' if n % 10 == 0 else 'cut'}{n:05d}", user_id=f"user_{n % USERS}")
+        events.purchase(f"{'broken' if n % 10 == 0 else 'cut'}{n:05d}", user_id=f"user_{n % users}")
         for n in range(requests)
     ]
     outcomes: Counter[str] = Counter()
@@ -227,7 +230,7 @@ async def requests_that_are_cancelled(url: str, redis_url: str, *, requests: int
             return "delivered"
 
         async def read(number: int) -> str:
-            await harness.service.entitlements.view(f"user_{number % USERS}")
+            await harness.service.entitlements.view(f"user_{number % users}")
             return "read"
 
         for start in range(0, requests, AT_ONCE):
