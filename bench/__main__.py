@@ -10,12 +10,10 @@ from pathlib import Path
 
 import click
 
-from backend.app.core.database import Database
-from backend.app.core.migrations import migrate
 from backend.tests.support.server_directory import work_directory
 from backend.tests.support.server_process import ServerFailed
 from backend.tests.support.servers import PostgresServer, ValkeyServer
-from bench.contenders import CONTENDERS, Kind, Servers, prepared
+from bench.contenders import CONTENDERS, Kind, Servers, create_schema, prepared
 from bench.growth import FULL as GROWTH_FULL
 from bench.growth import QUICK as GROWTH_QUICK
 from bench.growth import measure_growth
@@ -165,17 +163,9 @@ def _measure_rebuilds(
     found = {}
     for store, url in urls.items():
         say(f"rebuild, {store}")
-        asyncio.run(_migrate(url))
+        asyncio.run(create_schema(url))
         found[store] = asyncio.run(measure_rebuild(url, users=users, events_per_user=events_per_user))
     return found
-
-
-async def _migrate(url: str) -> None:
-    database = Database.open(url)
-    try:
-        await migrate(database)
-    finally:
-        await database.close()
 
 
 def _progress() -> Callable[[str], None]:

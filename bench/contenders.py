@@ -194,7 +194,7 @@ def prepared(servers: Servers, kind: Kind) -> str:
     if kind is Kind.TEXTBOOK:
         asyncio.run(create_tables(url))
     elif kind is Kind.TOLLKEEPER:
-        asyncio.run(_migrate(url))
+        asyncio.run(create_schema(url))
     else:
         for statement in TABLES_POSTGRES.split(";\n"):
             if statement.strip():
@@ -209,7 +209,8 @@ def _prepare_sqlite(kind: Kind, path: str) -> None:
             connection.executescript(TABLES_SQLITE)
 
 
-async def _migrate(url: str) -> None:
+async def create_schema(url: str) -> None:
+    """Brings an empty database to Tollkeeper's schema."""
     database = Database.open(url)
     try:
         await migrate(database)

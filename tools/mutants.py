@@ -108,9 +108,9 @@ MUTANTS = (
     ),
     Mutant(
         name="events of the other livemode are granted",
-        path=f"{BILLING}/webhooks.py",
-        before="        if event.envelope.livemode != self._livemode:",
-        after="        if False:",
+        path=f"{BILLING}/apply.py",
+        before="    if event.envelope.livemode != livemode:",
+        after="    if False:",
         tests=FLOW_TESTS,
     ),
     Mutant(

@@ -16,6 +16,7 @@ from backend.app.billing.domain.access import Reading
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.merge import Entitlement, boundaries, entitlement_of
 from backend.app.billing.domain.state import State
+from backend.app.billing.history import entitlement_of_row
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row
 from backend.app.core.clock import iso
 
@@ -106,7 +107,7 @@ def user_correction(
         current=row,
         differences=differences,
         after=replace(current, version=version + 1, activated_at=activated_at),
-        before=_entitlement_of_row(head) if head else None,
+        before=entitlement_of_row(head) if head else None,
         created_at=history[0]["created_at"] if history else now,
     )
 
@@ -219,17 +220,6 @@ def _shown(entitlement: Entitlement) -> Row:
         "status": entitlement.status,
         "valid_until": entitlement.valid_until,
     }
-
-
-def _entitlement_of_row(row: Row) -> Entitlement:
-    return Entitlement(
-        user_id=row["user_id"],
-        plan_code=row["plan_code"],
-        status=row["status"],
-        features=row["entitlements"],
-        valid_until=row["valid_until"],
-        version=row["version"],
-    )
 
 
 def _activated_at(history: Sequence[Row], plan_code: str) -> datetime | None:

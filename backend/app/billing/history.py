@@ -124,7 +124,7 @@ def _entries_of(
     following: datetime | None,
 ) -> Iterator[Entry]:
     """A version, then what time made of it until the following one, or by now and by today's catalog."""
-    entitlement = _entitlement_of(row)
+    entitlement = entitlement_of_row(row)
     yield Entry(
         step=0,
         change=row["change"],
@@ -368,7 +368,8 @@ async def _load_actions(
     return known
 
 
-def _entitlement_of(row: Mapping[str, Any]) -> Entitlement:
+def entitlement_of_row(row: Mapping[str, Any]) -> Entitlement:
+    """What a row of `entitlement_history` says that a user had."""
     return Entitlement(
         user_id=row["user_id"],
         plan_code=row["plan_code"],

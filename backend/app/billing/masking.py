@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
+from backend.app.core.splice import Edit, spliced
+
 CARD_MASK = "[card number masked]"
 SECRET_MASK = "[masked]"  # noqa: S105  # what stands where a secret was
 
@@ -62,8 +64,6 @@ _CARD_BRAND = re.compile(
     r"|62[0-9]{14}"
 )
 
-_Edit = tuple[int, int, bytes]
-
 
 def mask_sensitive(body: bytes) -> bytes:
     """`body` with every card number and secret inside its JSON strings masked; all other bytes as they came.
@@ -75,8 +75,8 @@ def mask_sensitive(body: bytes) -> bytes:
     """
     if not _may_need_masking(body):
         return body
-    edits: list[_Edit] = []
-    key_edits: list[_Edit] = []
+    edits: list[Edit] = []
+    key_edits: list[Edit] = []
     keys: list[bytes] = []
     value_starts_at, value_key = -1, ""
     for string in _STRING.finditer(body):
@@ -99,7 +99,7 @@ def mask_sensitive(body: bytes) -> bytes:
             edits.append((start, end, masked))
     if key_edits:
         edits += _distinct_keys(body, key_edits, keys)
-    return _spliced(body, edits)
+    return spliced(body, edits)
 
 
 def contains_card_number(text: str) -> bool:
@@ -127,10 +127,10 @@ def _masked_string(content: bytes, *, brands_only: bool) -> bytes:
     # What holds a secret or a card number is no identifier, and gets no identifier's benefit of the doubt.
     doubt = brands_only and not secrets and next(_card_spans(text, brands_only=True), None) is None
     spans = secrets + [(start, end, CARD_MASK) for start, end in _card_spans(text, brands_only=doubt)]
-    edits: list[_Edit] = []
+    edits: list[Edit] = []
     for start, end, mask in _merged(spans):
         edits.append((offsets[start], offsets[end], mask.encode("ascii")))
-    return _spliced(content, edits)
+    return spliced(content, edits)
 
 
 def _unescaped(content: bytes) -> tuple[str, Sequence[int]]:
@@ -209,7 +209,7 @@ def _merged(spans: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
     return merged
 
 
-def _distinct_keys(body: bytes, key_edits: list[_Edit], keys: list[bytes]) -> list[_Edit]:
+def _distinct_keys(body: bytes, key_edits: list[Edit], keys: list[bytes]) -> list[Edit]:
     """The edits with a number added where a masked key would meet another one.
 
     Equal keys stay equal, so that a repeated key is still seen and refused by the parser.
@@ -217,7 +217,7 @@ def _distinct_keys(body: bytes, key_edits: list[_Edit], keys: list[bytes]) -> li
     taken = {_key_text(key) for key in keys}
     by_original: dict[str, bytes] = {}
     used: dict[bytes, int] = {}
-    distinct: list[_Edit] = []
+    distinct: list[Edit] = []
     for start, end, masked in key_edits:
         original = _key_text(body[start:end])
         if original not in by_original:
@@ -237,17 +237,3 @@ def _key_text(content: bytes) -> str:
     except ValueError:
         return content.decode("latin-1")
     return text
-
-
-def _spliced(original: bytes, edits: list[_Edit]) -> bytes:
-    """`original` with each (start, end, replacement) put in; the same object without edits or changes."""
-    if not edits:
-        return original
-    pieces: list[bytes] = []
-    position = 0
-    for start, end, replacement in sorted(edits):
-        pieces += (original[position:start], replacement)
-        position = end
-    pieces.append(original[position:])
-    changed = b"".join(pieces)
-    return original if changed == original else changed

@@ -16,7 +16,7 @@ from backend.app.billing.grants import action_event, record
 from backend.app.billing.providers.stripe_event import StripeEvent, read_event
 from backend.app.billing.store_admin import EventKey, KeptEvent
 from backend.app.billing.strict_json import parse_event_json
-from backend.app.billing.webhooks import BillingWebhooks, answer_body
+from backend.app.billing.webhooks import BillingWebhooks, stored_event
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock, iso
 from backend.app.core.database import Database, Tx
@@ -178,19 +178,13 @@ class StoredEvents:
 
 async def _save_as_delivered(tx: Tx, kept: KeptEvent, event: Event, decision: Decision) -> None:
     """Writes what a delivery would have written; when it came and as which request stays."""
-    row = store.StoredEvent(
-        event=event,
+    row = stored_event(
+        event,
+        decision,
         received_at=kept.received_at,
         payload=kept.payload,
         payload_sha256=kept.payload_sha256,
         request_id=kept.request_id or "",
-        status=decision.status,
-        reason=decision.reason,
-        user_id=decision.user_id,
-        plan_code=decision.plan_code,
-        customer_id=decision.customer.id if decision.customer else None,
-        subject_key=decision.subject.key if decision.subject else None,
-        answer=answer_body(event, decision).decode("ascii"),
     )
     await insert_all(tx, [store.insert_events([row])])
 

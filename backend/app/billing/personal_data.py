@@ -6,6 +6,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from backend.app.core.splice import Edit, spliced
+
 # What stands where a text was; `[` makes sure that nobody takes it for a user's id.
 ERASED = b'"[erased]"'
 # A number, such as a day of birth, stays a number, so that the document keeps its types.
@@ -50,8 +52,6 @@ _CUSTOMER_EVENTS = frozenset({"customer.created", "customer.updated", "customer.
 # A JSON text's strings, structure, and numbers or words; possessive, so linear on any bytes.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]:,]|[^\s"{}\[\]:,]++', re.DOTALL)
 
-_Edit = tuple[int, int, bytes]
-
 
 @dataclass(slots=True)
 class _Open:
@@ -71,7 +71,7 @@ class _Open:
             return False
         return self.is_personal or key in _PERSONAL
 
-    def read(self, text: bytes, start: int, end: int) -> list[_Edit]:
+    def read(self, text: bytes, start: int, end: int) -> list[Edit]:
         """Takes in a value of one token; how it is replaced, if that is known already."""
         is_text = text[:1] == b'"' and text != b'""'
         if self.holds_personal(self.key):
@@ -84,7 +84,7 @@ class _Open:
             self.maybe.append((self.key, start, end))
         return []
 
-    def close(self) -> list[_Edit]:
+    def close(self) -> list[Edit]:
         """How the texts are replaced that are personal in an object of this kind."""
         personal = _PERSONAL_IN.get(self.kind, frozenset())
         return [(start, end, ERASED) for key, start, end in self.maybe if key in personal]
@@ -96,7 +96,7 @@ def without_personal_data(payload: bytes, event_type: str) -> bytes:
     What a decision reads stays: ids, amounts, states, metadata. The very same object comes back where
     nothing was left to replace, so doing it twice changes nothing.
     """
-    edits: list[_Edit] = []
+    edits: list[Edit] = []
     open_: list[_Open] = [_Open(is_object=False, key="")]
     for token in _TOKEN.finditer(payload):
         text, (start, end) = token[0], token.span()
@@ -113,7 +113,7 @@ def without_personal_data(payload: bytes, event_type: str) -> bytes:
             here.key = _text(text)
         else:
             edits += here.read(text, start, end)
-    return _spliced(payload, edits)
+    return spliced(payload, edits)
 
 
 def _opened(parent: _Open, event_type: str, *, is_object: bool) -> _Open:
@@ -133,14 +133,3 @@ def _text(token: bytes) -> str:
         text: str = json.loads(token, strict=False)
         return text
     return token[1:-1].decode("utf-8", "replace")
-
-
-def _spliced(payload: bytes, edits: list[_Edit]) -> bytes:
-    pieces: list[bytes] = []
-    position = 0
-    for start, end, replacement in sorted(edits):
-        pieces += (payload[position:start], replacement)
-        position = end
-    pieces.append(payload[position:])
-    changed = b"".join(pieces)
-    return payload if changed == payload else changed

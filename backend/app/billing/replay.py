@@ -10,7 +10,6 @@ It decides with the shell's own `decide`, and keeps of each decision what the sh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated
@@ -18,6 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from backend.app.billing import store_rebuild as rows
+from backend.app.billing.apply import translated
 from backend.app.billing.domain.access import named_users
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.decide import NO_USER, Attribution, Decision, Status, Waiting, decide
@@ -35,9 +35,7 @@ from backend.app.billing.domain.facts import (
 )
 from backend.app.billing.domain.state import State
 from backend.app.billing.party_index import Node, NodeKind, user_node
-from backend.app.billing.providers.fields import TranslationError
-from backend.app.billing.providers.stripe import customer_named, translate
-from backend.app.billing.providers.stripe_event import StripeEvent, read_event
+from backend.app.billing.providers.stripe_event import read_event
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
 from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.billing.strict_json import parse_event_json
@@ -65,7 +63,7 @@ def happening_of_event(stored: StoredEvent, *, livemode: bool, is_of_party: bool
     parsed = read_event(parse_event_json(stored.payload), signed_at=stored.occurred_at)
     return Happening(
         event=parsed.envelope,
-        asserts=_translated(parsed, livemode=livemode),
+        asserts=translated(parsed, livemode=livemode),
         received_at=stored.received_at,
         is_stored_event=True,
         is_of_party=is_of_party,
@@ -160,7 +158,7 @@ class Replay:
         self.state, decision = decide(
             self._catalog, self.state, happening.event, happening.asserts, now=happening.received_at
         )
-        self.state = _within_window(self.state, [subject for subject, _ in decision.facts])
+        self.state = self.state.within(FACTS_PER_SUBJECT_MAX, [subject for subject, _ in decision.facts])
         if not happening.is_of_party:
             return
         self._save_rows(decision)
@@ -283,33 +281,6 @@ class Replay:
 
     def _table(self, derived: DerivedTable) -> dict[Key, Row]:
         return self.tables[derived.table.name]
-
-
-def _translated(event: StripeEvent, *, livemode: bool) -> Translation | Decision:
-    """What an event asserts, or the decision on one that asserts nothing that could be applied."""
-    if event.envelope.livemode != livemode:
-        return Decision(status=Status.IGNORED, reason="other_livemode")
-    try:
-        translation = translate(event)
-    except TranslationError as error:
-        return Decision(status=Status.PARKED, reason=f"unreadable:{error}", customer=customer_named(event))
-    if translation is None:
-        return Decision(status=Status.IGNORED, reason="not_handled", customer=customer_named(event))
-    return translation
-
-
-def _within_window(state: State, subjects: Iterable[SubjectId]) -> State:
-    """The state as it would be loaded again: of each kind of fact of a subject only the newest."""
-    changed: dict[SubjectId, tuple[Fact, ...]] = {}
-    for subject in subjects:
-        known = state.facts[subject]
-        if len(known) <= FACTS_PER_SUBJECT_MAX:
-            continue
-        kept: defaultdict[str, list[Fact]] = defaultdict(list)
-        for fact in sorted(known, key=lambda fact: (fact.as_of, fact.event_id)):
-            kept[fact.kind].append(fact)
-        changed[subject] = tuple(fact for group in kept.values() for fact in group[-FACTS_PER_SUBJECT_MAX:])
-    return replace(state, facts={**state.facts, **changed}) if changed else state
 
 
 def _word(row: Row, event_id: str, event_type: str, at: datetime) -> Event:

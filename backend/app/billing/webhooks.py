@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 import structlog
 
 from backend.app.billing import store
-from backend.app.billing.apply import Applier, Assertion, Effects
+from backend.app.billing.apply import Applier, Assertion, Effects, translated
 from backend.app.billing.committer import Committer
 from backend.app.billing.domain.catalog import Catalog
-from backend.app.billing.domain.decide import Decision, Notice, Status
-from backend.app.billing.domain.facts import Event, Translation, prices_of
+from backend.app.billing.domain.decide import Decision, Status
+from backend.app.billing.domain.facts import Event, EventKey, Translation, prices_of
 from backend.app.billing.masking import mask_sensitive
-from backend.app.billing.providers.fields import TranslationError
-from backend.app.billing.providers.stripe import customer_named, translate
+from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import DASHBOARD_TEST_EVENT_ID, StripeEvent, read_event
 from backend.app.billing.security import (
     SignatureRefused,
@@ -37,6 +35,7 @@ from backend.app.billing.security import (
 )
 from backend.app.billing.strict_json import parse_event_json
 from backend.app.core.clock import Clock, from_unix
+from backend.app.core.compact_json import compact_json
 from backend.app.core.database import Database, Tx
 from backend.app.core.errors import AppError, StoreUnavailable, Unavailable
 from backend.app.observability.metrics import MetricsCollector
@@ -59,9 +58,6 @@ NOTEWORTHY_OUTCOMES = frozenset({"parked", "refused", "failed"})
 
 # One page of parked events is looked at between two short reads.
 PARKED_PAGE_EVENTS = 100
-
-# Made once: `json.dumps` makes one for each call that asks for other separators.
-_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
 
 log = structlog.get_logger(__name__)
 
@@ -296,13 +292,8 @@ class BillingWebhooks:
         async with self._database.transaction() as tx:
             won = await store.claim(tx, events, now=self._clock.now())
             mine = [genuine for genuine, is_mine in zip(batch, won, strict=True) if is_mine]
-            decisions = await self._applier.apply(tx, [self._assertion(genuine) for genuine in mine], effects)
-            answers = {
-                genuine.event.envelope.key: Answer(
-                    body=answer_body(genuine.event.envelope, decision), outcome=decision.status.value
-                )
-                for genuine, decision in zip(mine, decisions, strict=True)
-            }
+            answers: dict[EventKey, Answer] = {}
+            await self._applier.apply(tx, [self._assertion(genuine, answers) for genuine in mine], effects)
             # After ours are written, so that a second delivery within the batch finds its answer too.
             lost = [event for event, is_mine in zip(events, won, strict=True) if not is_mine]
             stored = await store.stored_answers(tx, lost)
@@ -320,30 +311,27 @@ class BillingWebhooks:
             for event, is_mine in zip(events, won, strict=True)
         ]
 
-    def _assertion(self, genuine: Genuine) -> Assertion:
-        envelope = genuine.event.envelope
+    def _assertion(self, genuine: Genuine, answers: dict[EventKey, Answer]) -> Assertion:
+        """A claimed event to be decided on; its answer goes into `answers` as it goes into its row."""
+        event = genuine.event.envelope
 
         def row(decision: Decision) -> store.StoredEvent:
-            return store.StoredEvent(
-                event=envelope,
+            stored = stored_event(
+                event,
+                decision,
                 received_at=genuine.received_at,
                 payload=genuine.payload,
                 payload_sha256=genuine.payload_sha256,
                 request_id=genuine.request_id,
-                status=decision.status,
-                reason=decision.reason,
-                user_id=decision.user_id,
-                plan_code=decision.plan_code,
-                customer_id=decision.customer.id if decision.customer else None,
-                subject_key=decision.subject.key if decision.subject else None,
-                answer=answer_body(envelope, decision).decode("ascii"),
             )
+            answers[event.key] = Answer(body=stored.answer.encode("ascii"), outcome=decision.status.value)
+            return stored
 
-        return Assertion(event=envelope, asserts=self._translated(genuine.event), row=row)
+        return Assertion(event=event, asserts=translated(genuine.event, livemode=self._livemode), row=row)
 
     async def process(self, tx: Tx, event: StripeEvent, effects: Effects) -> Decision:
         """Decides on a genuine event and writes every consequence but its own row into the open transaction."""
-        assertion = Assertion(event=event.envelope, asserts=self._translated(event))
+        assertion = Assertion(event=event.envelope, asserts=translated(event, livemode=self._livemode))
         (decision,) = await self._applier.apply(tx, [assertion], effects)
         return decision
 
@@ -354,22 +342,10 @@ class BillingWebhooks:
 
     async def preview(self, tx: Tx, event: StripeEvent) -> Decision:
         """What `process` would decide now; nothing is written."""
-        translation = self._translated(event)
+        translation = translated(event, livemode=self._livemode)
         if isinstance(translation, Decision):
             return translation
         return await self._applier.preview(tx, event.envelope, translation)
-
-    def _translated(self, event: StripeEvent) -> Translation | Decision:
-        """What an event asserts, or the decision where that is nothing we may or can act on."""
-        if event.envelope.livemode != self._livemode:
-            return Decision(status=Status.IGNORED, reason="other_livemode")
-        try:
-            translation = translate(event)
-        except TranslationError as error:
-            return replace(_unreadable(event.envelope, str(error)), customer=customer_named(event))
-        return translation or Decision(
-            status=Status.IGNORED, reason="not_handled", customer=customer_named(event)
-        )
 
     async def _record_failure(self, genuine: Genuine, error: Exception) -> None:
         """Leaves the trace of a failed attempt, in a transaction of its own, and tells the owner."""
@@ -395,17 +371,29 @@ class BillingWebhooks:
             log.warning("failed_attempt_not_recorded", event_type=envelope.type)
 
 
-def _unreadable(event: Event, problem: str) -> Decision:
-    return Decision(
-        status=Status.PARKED,
-        reason=f"unreadable:{problem}",
-        notices=(
-            Notice(
-                key=f"unreadable:{event.type}:{event.api_version}",
-                text=f"Event {event.id} ({event.type}, API {event.api_version}) is parked: {problem}. "
-                "It is kept and can be processed again once its shape is understood.",
-            ),
-        ),
+def stored_event(
+    event: Event,
+    decision: Decision,
+    *,
+    received_at: datetime,
+    payload: bytes,
+    payload_sha256: str,
+    request_id: str,
+) -> store.StoredEvent:
+    """An event's row, with what was decided on it and the answer to its first delivery."""
+    return store.StoredEvent(
+        event=event,
+        received_at=received_at,
+        payload=payload,
+        payload_sha256=payload_sha256,
+        request_id=request_id,
+        status=decision.status,
+        reason=decision.reason,
+        user_id=decision.user_id,
+        plan_code=decision.plan_code,
+        customer_id=decision.customer.id if decision.customer else None,
+        subject_key=decision.subject.key if decision.subject else None,
+        answer=answer_body(event, decision).decode("ascii"),
     )
 
 
@@ -418,4 +406,4 @@ def answer_body(event: Event, decision: Decision) -> bytes:
         "user_id": decision.user_id,
         "plan_code": decision.plan_code,
     }
-    return _COMPACT_JSON.encode(document).encode("ascii")
+    return compact_json(document).encode("ascii")

@@ -18,6 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from backend.app.core.compact_json import compact_json
 from backend.app.core.database import Tx, UtcDateTime, fetch, repeat, sqlite_instant
 
 Row = Mapping[str, Any]
@@ -218,8 +219,4 @@ def _same(value: Any) -> Any:
 
 
 def _json_text(value: Any) -> str | None:
-    return None if value is None else _COMPACT_JSON.encode(value)
-
-
-# Made once: `json.dumps` makes one for each call that asks for other separators.
-_COMPACT_JSON = json.JSONEncoder(separators=(",", ":"))
+    return None if value is None else compact_json(value)

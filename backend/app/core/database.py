@@ -302,17 +302,13 @@ async def _store_errors() -> AsyncIterator[None]:
         raise StoreUnavailable from error
     except sa.exc.DBAPIError as error:
         if _is_outage(error):
-            unavailable = StoreUnavailable()
-            unavailable.is_contention = getattr(error.orig, "sqlstate", None) in _CONTENTION_SQLSTATES
-            raise unavailable from error
+            raise _unavailable(getattr(error.orig, "sqlstate", None)) from error
         raise
     except asyncpg.PostgresError as error:
         # Its text would tell a row's values.
         error.detail = None
         if _is_outage_state(error.sqlstate):
-            unavailable = StoreUnavailable()
-            unavailable.is_contention = error.sqlstate in _CONTENTION_SQLSTATES
-            raise unavailable from error
+            raise _unavailable(error.sqlstate) from error
         raise
     except asyncpg.InterfaceError as error:
         raise StoreUnavailable from error
@@ -331,6 +327,12 @@ async def _store_errors() -> AsyncIterator[None]:
 _OUTAGE_SQLSTATE_CLASSES = ("08", "53", "57", "58", "40", "55")
 # Serialisation failure, deadlock, lock_timeout, and a statement ended because it took too long.
 _CONTENTION_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014"})
+
+
+def _unavailable(sqlstate: str | None) -> StoreUnavailable:
+    unavailable = StoreUnavailable()
+    unavailable.is_contention = sqlstate in _CONTENTION_SQLSTATES
+    return unavailable
 
 
 def _is_outage(error: sa.exc.DBAPIError) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+
+from backend.app.core.compact_json import compact_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Representation:
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Representation:
         """A document as it is sent."""
-        body = json.dumps(document, separators=(",", ":")).encode()
+        body = compact_json(document).encode()
         return cls(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
 
     def response(self, request: Request) -> Response:
