@@ -407,7 +407,7 @@ class TestOwnerAlerts:
             raise RuntimeError("the ledger is broken")
 
         with monkeypatch.context() as patch, capture_logs() as logs:
-            patch.setattr("backend.app.billing.store.add_payments", broken)
+            patch.setattr("backend.app.billing.store.claim_payments", broken)
             assert (await sqlite_service.deliver(REPLAY_EVENT)).status_code == 500
         assert any("evt_replay_test" in entry.get("text", "") for entry in logs)
         assert await sqlite_service.count("payment_events") == 0

@@ -120,7 +120,9 @@ class Applier:
                 writes.add(each.event, decision)
                 if _concerns(decision, waiting):
                     await writes.attribute(each.event, decision)
-                waiting |= _waits(each.event, decision)
+                names = _waits(each.event, decision)
+                waiting |= names
+                writes.waiting |= names
             if self._rereads and not each.event.id.startswith("read_"):
                 writes.messages += [
                     reread_message(wanted, cause_event_id=each.event.id) for wanted in decision.rereads
@@ -147,6 +149,7 @@ class _Writes:
         self._audit: list[AuditLog] = []
         self.events: list[store.StoredEvent] = []
         self.messages: list[NewMessage] = []
+        self.waiting: set[SubjectId] = set()
 
     def add(self, event: Event, decision: Decision) -> None:
         """Keeps a decision, to be written with those that follow."""
@@ -172,10 +175,10 @@ class _Writes:
             for event, decision in decided
             for payment in decision.payments
         ]
-        new = await store.add_payments(self._tx, [line for line, _ in lines])
+        claimed = await store.claim_payments(self._tx, [line for line, _ in lines])
+        lines = [(line, event) for line, event in lines if line.id in claimed]
         for line, event in lines:
-            if line.id in new:
-                self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
+            self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
         await insert_all(
             self._tx,
             [
@@ -184,12 +187,14 @@ class _Writes:
                 store.insert_facts([fact for _, decision in decided for fact in decision.facts]),
                 store.insert_sources(list(sources.items()), now=now),
                 *store.insert_entitlements(changes, now=now),
+                store.insert_payments([line for line, _ in lines]),
+                store.insert_waiting(self.waiting),
                 store.insert_events(self.events),
                 audit_log.insert_rows(self._audit),
                 insert_messages(messages, now=now),
             ],
         )
-        self._decided, self.events, self._audit = [], [], []
+        self._decided, self.events, self._audit, self.waiting = [], [], [], set()
 
     async def attribute(self, event: Event, decision: Decision) -> None:
         """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
@@ -222,6 +227,9 @@ class _Writes:
                     created_at=self._now,
                 )
             )
+        await store.forget_waiting(
+            self._tx, {name for each in _waited_for(decision) for name in _targets(each)}
+        )
 
     def _actor(self, event: Event) -> str:
         return self._effects.actor or f"stripe:{event.id}"
@@ -284,8 +292,11 @@ def party_names(parties: store_state.Parties) -> list[Hashable]:
 
 def _concerns(decision: Decision, waiting: set[SubjectId]) -> bool:
     """Whether something that waits may wait for this decision."""
-    targets: list[Attribution | Waiting] = [*decision.attributions, *decision.waiting]
-    return bool(waiting) and any(name in waiting for each in targets for name in _targets(each))
+    return bool(waiting) and any(name in waiting for each in _waited_for(decision) for name in _targets(each))
+
+
+def _waited_for(decision: Decision) -> list[Attribution | Waiting]:
+    return [*decision.attributions, *decision.waiting]
 
 
 def _targets(each: Attribution | Waiting) -> Iterable[SubjectId]:

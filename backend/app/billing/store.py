@@ -21,9 +21,11 @@ from backend.app.billing.models import (
     entitlement_history,
     facts,
     links,
+    payment_claims,
     payment_events,
     sources,
     user_entitlements,
+    waiting_names,
     webhook_claims,
     webhook_events,
 )
@@ -33,16 +35,17 @@ from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
 FAILED = "failed"
+_PAYMENT_COLUMNS = tuple(field.name for field in fields(PaymentEvent))
 # In the statement's text, not a parameter: only so can a prepared plan use the indexes of what is parked.
 PARKED: sa.ColumnElement[str] = sa.literal_column(f"'{Status.PARKED.value}'")
 
 _EVENT_COLUMNS = [
     name
     for name in webhook_events.c.keys()  # noqa: SIM118  # not a dict
-    if name not in ("account", "livemode", "event_id", "attempts")
+    if name not in ("account", "livemode", "event_id", "occurred_at", "attempts")
 ]
 _EVENT_AGAIN = (
-    "ON CONFLICT (account, livemode, event_id) DO UPDATE SET attempts = webhook_events.attempts + 1, "
+    "ON CONFLICT (account, livemode, event_id, occurred_at) DO UPDATE SET attempts = webhook_events.attempts + 1, "
     + ", ".join(f"{name} = excluded.{name}" for name in _EVENT_COLUMNS)
 )
 
@@ -237,21 +240,78 @@ def insert_entitlements(changes: Sequence[tuple[EntitlementChange, Event]], *, n
     return [present, history]
 
 
-async def add_payments(tx: Tx, payments: Sequence[PaymentEvent]) -> set[str]:
-    """Adds ledger lines, of the same money only the first; the ids of those that were added."""
-    added: set[str] = set()
+async def claim_payments(tx: Tx, payments: Sequence[PaymentEvent]) -> set[str]:
+    """Of ledger lines, the ids of those whose money has none yet; of the same money the first's."""
     new = await insert_new(
         tx,
-        payment_events,
-        [{field.name: getattr(payment, field.name) for field in fields(payment)} for payment in payments],
+        payment_claims,
+        [
+            {
+                "account": payment.account,
+                "livemode": payment.livemode,
+                "effect_key": payment.effect_key,
+                "claimed_at": payment.created_at,
+            }
+            for payment in payments
+        ],
         key=("account", "livemode", "effect_key"),
     )
+    claimed: set[str] = set()
     for payment in payments:
         key = (payment.account, payment.livemode, payment.effect_key)
         if key in new:
             new.discard(key)
-            added.add(payment.id)
-    return added
+            claimed.add(payment.id)
+    return claimed
+
+
+def insert_payments(payments: Sequence[PaymentEvent]) -> Insert:
+    """Adds ledger lines whose money was claimed."""
+    return Insert(
+        payment_events,
+        [{name: getattr(payment, name) for name in _PAYMENT_COLUMNS} for payment in payments],
+    )
+
+
+def insert_waiting(names: Collection[SubjectId]) -> Insert:
+    """Keeps under which names something waits from now on."""
+    return Insert(
+        waiting_names,
+        [
+            {"account": account, "livemode": livemode, "name": name}
+            for account, livemode, name in sorted(names)
+        ],
+        "ON CONFLICT DO NOTHING",
+    )
+
+
+async def forget_waiting(tx: Tx, names: Collection[SubjectId]) -> None:
+    """Lets go of those of the names under which nothing waits any more."""
+    waiting = waiting_names.c
+    events, lines = webhook_events.c, payment_events.c
+    customer = sa.func.substr(waiting.name, len("cus:") + 1)
+    still_waits = [
+        sa.and_(events.status == PARKED, events.subject_key == waiting.name),
+        sa.and_(events.status == PARKED, waiting.name.like("cus:%"), events.customer_id == customer),
+        sa.and_(lines.user_id.is_(None), lines.subject_key == waiting.name),
+        sa.and_(lines.plan_code.is_(None), lines.subject_key == waiting.name),
+        sa.and_(lines.user_id.is_(None), waiting.name.like("cus:%"), lines.customer_id == customer),
+    ]
+    await tx.execute(
+        waiting_names.delete().where(
+            named_in(waiting_names, "name", names),
+            *(
+                ~sa.exists()
+                .where(condition, table.c.account == waiting.account, table.c.livemode == waiting.livemode)
+                .correlate(waiting_names)
+                for table, condition in zip(
+                    (webhook_events, webhook_events, payment_events, payment_events, payment_events),
+                    still_waits,
+                    strict=True,
+                )
+            ),
+        )
+    )
 
 
 async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEvent]:
@@ -376,10 +436,20 @@ async def save_failed_attempt(
             request_id=request_id,
         )
         .on_conflict_do_update(
-            index_elements=["account", "livemode", "event_id"],
+            index_elements=["account", "livemode", "event_id", "occurred_at"],
             set_={"attempts": webhook_events.c.attempts + 1, "reason": reason, "request_id": request_id},
             where=webhook_events.c.status == FAILED,
         )
+    )
+
+
+async def date_failed(tx: Tx, event: Event) -> None:
+    """Gives the failed attempts of an event the time that this delivery of it tells, so that it keeps one row."""
+    columns = webhook_events.c
+    await tx.execute(
+        webhook_events.update()
+        .where(_is_event(event), columns.status == FAILED)
+        .values(occurred_at=event.occurred_at)
     )
 
 

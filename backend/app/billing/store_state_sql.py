@@ -123,25 +123,8 @@ _ENTITLEMENTS = """
 # For which of the names something waits.
 _WAITING = """
     SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
-        FROM reached {find:webhook_events:webhook_events.subject_key = reached.key
-            AND webhook_events.status = 'parked'}
-        WHERE webhook_events.account = reached.account AND webhook_events.livemode = reached.livemode
-    UNION ALL SELECT 'waiting', named.account, named.livemode, 'cus:' || named.key, '', NULL
-        FROM {keys:2} named {find:webhook_events:webhook_events.customer_id = named.key
-            AND webhook_events.status = 'parked'}
-        WHERE webhook_events.account = named.account AND webhook_events.livemode = named.livemode
-    UNION ALL SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
-        FROM reached {find:payment_events:payment_events.subject_key = reached.key
-            AND payment_events.user_id IS NULL}
-        WHERE payment_events.account = reached.account AND payment_events.livemode = reached.livemode
-    UNION ALL SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
-        FROM reached {find:payment_events:payment_events.subject_key = reached.key
-            AND payment_events.plan_code IS NULL}
-        WHERE payment_events.account = reached.account AND payment_events.livemode = reached.livemode
-    UNION ALL SELECT 'waiting', named.account, named.livemode, 'cus:' || named.key, '', NULL
-        FROM {keys:2} named {find:payment_events:payment_events.customer_id = named.key
-            AND payment_events.user_id IS NULL}
-        WHERE payment_events.account = named.account AND payment_events.livemode = named.livemode"""
+        FROM reached {find:waiting_names:waiting_names.account = reached.account
+            AND waiting_names.livemode = reached.livemode AND waiting_names.name = reached.key}"""
 
 _SQL = {
     "parties": _PARTIES,

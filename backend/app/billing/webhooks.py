@@ -292,6 +292,9 @@ class BillingWebhooks:
         async with self._database.transaction() as tx:
             won = await store.claim(tx, events, now=self._clock.now())
             mine = [genuine for genuine, is_mine in zip(batch, won, strict=True) if is_mine]
+            for genuine in mine:
+                if not genuine.event.is_dated:
+                    await store.date_failed(tx, genuine.event.envelope)
             answers: dict[EventKey, Answer] = {}
             await self._applier.apply(tx, [self._assertion(genuine, answers) for genuine in mine], effects)
             # After ours are written, so that a second delivery within the batch finds its answer too.
@@ -358,6 +361,8 @@ class BillingWebhooks:
         )
         try:
             async with self._database.transaction() as tx:
+                if not genuine.event.is_dated:
+                    await store.date_failed(tx, envelope)
                 await store.save_failed_attempt(
                     tx,
                     envelope,

@@ -193,7 +193,7 @@ async def test_plants_of_forged_deliveries_and_hostile_headers_leave_nothing(ser
     assert await service.count("webhook_events") == 0
 
 
-@pytest.mark.parametrize("broken", ["add_payments", "insert_events", "claim"])
+@pytest.mark.parametrize("broken", ["claim_payments", "insert_events", "claim"])
 async def test_a_failure_in_the_middle_leaves_a_trace_without_the_plants(
     service: Harness, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
