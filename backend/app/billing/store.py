@@ -410,9 +410,27 @@ def insert_events(events: Sequence[StoredEvent]) -> Insert:
             for place, stored in enumerate(events, start=1)
         ],
         _EVENT_AGAIN,
-        # Under the parties' locks, so it sees every earlier decision about them.
-        computed=(("position", "(SELECT coalesce(max(position), 0) FROM webhook_events) + {}"),),
+        # Under the parties' locks, so after every earlier decision about them.
+        computed=(
+            (
+                "position",
+                "nextval('webhook_event_positions')",
+                "(SELECT coalesce(max(position), 0) FROM webhook_events) + {}",
+            ),
+        ),
     )
+
+
+async def advance_positions(tx: Tx) -> None:
+    """Lets positions go on after the greatest one: a copy of a database that was not made by dump may have begun anew."""
+    if tx.dialect.name == "postgresql":
+        await tx.execute(
+            sa.text(
+                """SELECT setval('webhook_event_positions', newest)
+                FROM (SELECT max(position) AS newest FROM webhook_events) known, webhook_event_positions
+                WHERE newest >= last_value"""
+            )
+        )
 
 
 async def save_failed_attempt(

@@ -153,6 +153,12 @@ class BillingWebhooks:
             write = log.info if outcome in NOTEWORTHY_OUTCOMES else log.debug
             write("webhook_answered", outcome=outcome, duration_ms=round(duration_seconds * 1000, 1))
 
+    async def prepare(self) -> None:
+        """What is to be done before the first delivery."""
+        async with self._database.transaction() as tx:
+            await store.advance_positions(tx)
+        await self.rerun_parked()
+
     async def rerun_parked(self) -> int:
         """Applies the parked events whose price or plan the catalog has by now; how many were run again."""
         rerun = 0

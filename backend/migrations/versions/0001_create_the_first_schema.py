@@ -330,6 +330,8 @@ def upgrade() -> None:
         sqlite_where=sa.text("status = 'parked'"),
     )
     if op.get_bind().dialect.name == "postgresql":
+        # The greatest position itself would have to be looked for in every month.
+        op.execute("CREATE SEQUENCE webhook_event_positions")
         for statement in AUDIT_GUARD_POSTGRESQL:
             op.execute(statement)
     else:
