@@ -32,13 +32,23 @@ from backend.app.billing.domain.decide import (
     Waiting,
     decide,
 )
-from backend.app.billing.domain.facts import ACTION_ID_PREFIX, CustomerId, Event, SubjectId, Translation
+from backend.app.billing.domain.facts import (
+    ACTION_ID_PREFIX,
+    CustomerId,
+    Event,
+    EventKey,
+    MoneyKey,
+    PaymentFact,
+    SubjectId,
+    Translation,
+)
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.providers.fields import TranslationError
 from backend.app.billing.providers.stripe import customer_named, translate
 from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
 from backend.app.billing.reread import reread_message
+from backend.app.billing.store_claims import Claimed, claim, claim_money
 from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock
@@ -83,13 +93,48 @@ class Applier:
         state, _ = await store_state.load_locked(tx, named_parties(event, translation))
         return decide(self._catalog, state, event, translation, now=self._clock.now())[1]
 
-    async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
-        """Decides on events in their order and writes every consequence into the open transaction."""
+    async def apply_new(
+        self, tx: Tx, assertions: Sequence[Assertion], effects: Effects
+    ) -> list[Decision | None]:
+        """Claims events and applies those that nobody claimed before; None for each of the others.
+
+        Of an event that is given twice the first is the first.
+        """
         now = self._clock.now()
-        named = [
-            named_parties(each.event, each.asserts) if isinstance(each.asserts, Translation) else None
-            for each in assertions
-        ]
+        named = _named(assertions)
+        claimed = await claim(
+            tx,
+            {each.event.key for each in assertions},
+            _money(assertions),
+            store_state.Parties.together(parties for parties in named if parties is not None),
+            now=now,
+        )
+        new = set(claimed.events)
+        places: list[int] = []
+        for place, each in enumerate(assertions):
+            if each.event.key in new:
+                new.discard(each.event.key)
+                places.append(place)
+        mine = [assertions[place] for place in places]
+        decided = await self._apply(tx, mine, [named[place] for place in places], effects, now, claimed)
+        decisions: list[Decision | None] = [None] * len(assertions)
+        for place, decision in zip(places, decided, strict=True):
+            decisions[place] = decision
+        return decisions
+
+    async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
+        """Decides on events, claimed before, in their order and writes every consequence into the open transaction."""
+        return await self._apply(tx, assertions, _named(assertions), effects, self._clock.now(), None)
+
+    async def _apply(
+        self,
+        tx: Tx,
+        assertions: Sequence[Assertion],
+        named: Sequence[store_state.Parties | None],
+        effects: Effects,
+        now: datetime,
+        claimed: Claimed | None,
+    ) -> list[Decision]:
         known = [parties for parties in named if parties is not None]
         # What can't be decided on is looked at no further, but a deleted customer's data is in it all the same.
         deleted = await deleted_customers(
@@ -100,10 +145,13 @@ class Applier:
                 if isinstance(each.asserts, Decision) and each.asserts.customer is not None
             },
         )
-        writes = _Writes(tx, effects, now)
+        money = claimed.money if claimed else await claim_money(tx, _money(assertions), now=now)
+        writes = _Writes(tx, effects, now, money)
         decisions: list[Decision] = []
         if known:
-            state, waiting = await store_state.load_locked(tx, store_state.Parties.together(known))
+            state, waiting = await store_state.load_locked(
+                tx, store_state.Parties.together(known), claimed.parties if claimed else None
+            )
             numbers, states = components(state, [party_names(one) for one in known])
             places = iter(numbers)
         for each in assertions:
@@ -141,8 +189,10 @@ class Applier:
 class _Writes:
     """Rows that gather until they are written together, each kind with one statement."""
 
-    def __init__(self, tx: Tx, effects: Effects, now: datetime) -> None:
+    def __init__(self, tx: Tx, effects: Effects, now: datetime, money: set[MoneyKey]) -> None:
         self._tx = tx
+        # What is claimed and has no line yet.
+        self._money = money
         self._effects = effects
         self._now = now
         self._decided: list[tuple[Event, Decision]] = []
@@ -160,6 +210,9 @@ class _Writes:
         # Those that others stage as well are waited for without a lock: all at once in one order, or two
         # batches could wait for each other.
         await self._flush(self.messages)
+        if self._money:
+            # It would be lost: nobody else could write a line for it any more.
+            raise RuntimeError("money was claimed, and no decision tells of it")
         self._effects.messages = self._effects.messages or bool(self.messages)
 
     async def _flush(self, messages: Sequence[NewMessage] = ()) -> None:
@@ -170,15 +223,15 @@ class _Writes:
         for change, event in changes:
             self._add_audit(_entitlement_audit(change, event, self._actor(event), now))
             self._effects.changes.append((change.after.plan_code, change.kind.value))
-        lines = [
-            (_ledger_line(payment, event, now), event)
-            for event, decision in decided
-            for payment in decision.payments
-        ]
-        claimed = await store.claim_payments(self._tx, [line for line, _ in lines])
-        lines = [(line, event) for line, event in lines if line.id in claimed]
-        for line, event in lines:
-            self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
+        lines: list[PaymentEvent] = []
+        for event, decision in decided:
+            for payment in decision.payments:
+                key = _money_key(event, payment.fact)
+                if key in self._money:
+                    self._money.discard(key)
+                    line = _ledger_line(payment, event, now)
+                    lines.append(line)
+                    self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
         await insert_all(
             self._tx,
             [
@@ -187,7 +240,7 @@ class _Writes:
                 store.insert_facts([fact for _, decision in decided for fact in decision.facts]),
                 store.insert_sources(list(sources.items()), now=now),
                 *store.insert_entitlements(changes, now=now),
-                store.insert_payments([line for line, _ in lines]),
+                store.insert_payments(lines),
                 store.insert_waiting(self.waiting),
                 store.insert_events(self.events),
                 audit_log.insert_rows(self._audit),
@@ -283,6 +336,28 @@ def named_parties(event: Event, translation: Translation) -> store_state.Parties
             named_users(about.fact for about in translation.facts) | {tie.user_id for tie in translation.ties}
         ),
     )
+
+
+def _named(assertions: Iterable[Assertion]) -> list[store_state.Parties | None]:
+    """Whom each assertion names; None where there is nothing to decide."""
+    return [
+        named_parties(each.event, each.asserts) if isinstance(each.asserts, Translation) else None
+        for each in assertions
+    ]
+
+
+def _money(assertions: Iterable[Assertion]) -> dict[MoneyKey, list[EventKey]]:
+    """The money that assertions tell of, each with the events that do."""
+    found: dict[MoneyKey, list[EventKey]] = {}
+    for each in assertions:
+        if isinstance(each.asserts, Translation):
+            for fact in each.asserts.payments:
+                found.setdefault(_money_key(each.event, fact), []).append(each.event.key)
+    return found
+
+
+def _money_key(event: Event, fact: PaymentFact) -> MoneyKey:
+    return event.account, event.livemode, fact.effect_key
 
 
 def party_names(parties: store_state.Parties) -> list[Hashable]:

@@ -21,16 +21,14 @@ from backend.app.billing.models import (
     entitlement_history,
     facts,
     links,
-    payment_claims,
     payment_events,
     sources,
     user_entitlements,
     waiting_names,
-    webhook_claims,
     webhook_events,
 )
 from backend.app.billing.store_state import FACT
-from backend.app.core.bulk import Insert, insert_new
+from backend.app.core.bulk import Insert
 from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
@@ -66,28 +64,6 @@ class StoredEvent:
     customer_id: str | None
     subject_key: str | None
     answer: str
-
-
-async def claim(tx: Tx, events: Sequence[Event], *, now: datetime) -> list[bool]:
-    """For each event, whether this transaction is the first to process it.
-
-    Waits while another transaction holds a claim: if that one commits the answer is False, if it rolls
-    back it is True. Of an event that is named twice the first is the first.
-    """
-    new = await insert_new(
-        tx,
-        webhook_claims,
-        [
-            {"account": event.account, "livemode": event.livemode, "event_id": event.id, "claimed_at": now}
-            for event in events
-        ],
-        key=("account", "livemode", "event_id"),
-    )
-    won: list[bool] = []
-    for event in events:
-        won.append(event.key in new)
-        new.discard(event.key)
-    return won
 
 
 async def stored_answers(tx: Tx, events: Sequence[Event]) -> dict[EventKey, str]:
@@ -238,31 +214,6 @@ def insert_entitlements(changes: Sequence[tuple[EntitlementChange, Event]], *, n
         ],
     )
     return [present, history]
-
-
-async def claim_payments(tx: Tx, payments: Sequence[PaymentEvent]) -> set[str]:
-    """Of ledger lines, the ids of those whose money has none yet; of the same money the first's."""
-    new = await insert_new(
-        tx,
-        payment_claims,
-        [
-            {
-                "account": payment.account,
-                "livemode": payment.livemode,
-                "effect_key": payment.effect_key,
-                "claimed_at": payment.created_at,
-            }
-            for payment in payments
-        ],
-        key=("account", "livemode", "effect_key"),
-    )
-    claimed: set[str] = set()
-    for payment in payments:
-        key = (payment.account, payment.livemode, payment.effect_key)
-        if key in new:
-            new.discard(key)
-            claimed.add(payment.id)
-    return claimed
 
 
 def insert_payments(payments: Sequence[PaymentEvent]) -> Insert:
