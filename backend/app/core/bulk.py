@@ -17,8 +17,9 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
+from backend.app.core.compact_json import compact_json
 from backend.app.core.database import Tx, UtcDateTime, fetch, repeat, sqlite_instant
 
 Row = Mapping[str, Any]
@@ -220,4 +221,10 @@ def _same(value: Any) -> Any:
 
 
 def _json_text(value: Any) -> str | None:
-    return None if value is None else to_json(value).decode()
+    if value is None:
+        return None
+    try:
+        return to_json(value).decode()
+    except PydanticSerializationError:
+        # Half of a surrogate pair has no form but its escape.
+        return compact_json(value)
