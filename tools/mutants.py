@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(
         name="events of the other livemode are granted",
-        path=f"{BILLING}/apply.py",
+        path=f"{BILLING}/asserted.py",
         before="    if event.envelope.livemode != livemode:",
         after="    if False:",
         tests=FLOW_TESTS,

@@ -271,10 +271,14 @@ def upgrade() -> None:
         sa.Column("customer_id", sa.Text(), nullable=True),
         sa.Column("subject_key", sa.Text(), nullable=True),
         sa.Column("answer", sa.Text(), nullable=True),
-        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=True),
         sa.Column("payload_sha256", sa.Text(), nullable=False),
+        sa.Column("assertion", JSON_DOCUMENT, nullable=True),
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.Column("position", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint(
+            "payload IS NOT NULL OR assertion IS NOT NULL", name="ck_webhook_events_body_or_assertion"
+        ),
         sa.PrimaryKeyConstraint("account", "livemode", "event_id", name="pk_webhook_events"),
     )
     op.create_index("ix_webhook_events_position", "webhook_events", ["position"], unique=False)
