@@ -124,12 +124,12 @@ class Retention:
 
     async def _look(self, keys: Sequence[EventKey], report: Report) -> _Read:
         async with self._database.snapshot() as tx:
-            return _read(await rows.load_bodies(tx, keys), report)
+            return _read(await rows.load_bodies(tx, keys, holds=False), report)
 
     async def _let_go(self, keys: Sequence[EventKey], report: Report, run_id: str) -> _Read:
         started = time.perf_counter()
         async with self._database.transaction() as tx:
-            read = _read(await rows.load_bodies(tx, keys), report)
+            read = _read(await rows.load_bodies(tx, keys, holds=True), report)
             await rows.let_go(tx, read.kept)
             await self._audit(tx, read, report, run_id)
         await asyncio.sleep(REST_SHARE * (time.perf_counter() - started))

@@ -74,28 +74,26 @@ async def load_old_events(
     return [OldEvent(**row) for row in (await tx.execute(statement)).mappings()]
 
 
-async def load_bodies(tx: Tx, keys: Collection[EventKey]) -> list[Body]:
-    """The bodies of those of some events that are settled and have one; in a transaction that writes, held until its end.
+async def load_bodies(tx: Tx, keys: Collection[EventKey], *, holds: bool) -> list[Body]:
+    """The bodies of those of some events that are settled and have one; held until the transaction ends, if wanted.
 
-    What somebody else holds is left out: retention waits for nobody, and so can't be part of a deadlock.
+    What somebody else holds is then left out: retention waits for nobody, and so can't be part of a deadlock.
     """
     columns = webhook_events.c
-    result = await tx.execute(
-        sa.select(
-            columns.account,
-            columns.livemode,
-            columns.event_id,
-            columns.received_at,
-            columns.occurred_at,
-            columns.payload,
-        )
-        .where(
-            store.named_in(webhook_events, "event_id", [SubjectId(*key) for key in keys]),
-            columns.status.in_(_SETTLED),
-            columns.payload.is_not(None),
-        )
-        .with_for_update(skip_locked=True)
+    statement = sa.select(
+        columns.account,
+        columns.livemode,
+        columns.event_id,
+        columns.received_at,
+        columns.occurred_at,
+        columns.payload,
+    ).where(
+        store.named_in(webhook_events, "event_id", [SubjectId(*key) for key in keys]),
+        columns.status.in_(_SETTLED),
+        columns.payload.is_not(None),
     )
+    if holds:
+        statement = statement.with_for_update(skip_locked=True)
     return [
         Body(
             key=(row.account, row.livemode, row.event_id),
@@ -103,7 +101,7 @@ async def load_bodies(tx: Tx, keys: Collection[EventKey]) -> list[Body]:
             occurred_at=row.occurred_at,
             payload=row.payload,
         )
-        for row in result
+        for row in await tx.execute(statement)
     ]
 
 
