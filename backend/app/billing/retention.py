@@ -21,7 +21,7 @@ from backend.app.audit.models import AuditLog
 from backend.app.billing import store_retention as rows
 from backend.app.billing.asserted import kept_form, read_body
 from backend.app.billing.domain.facts import EventKey
-from backend.app.billing.store_retention import Body, OldEvent
+from backend.app.billing.store_retention import Body, OldBody, Place
 from backend.app.core.clock import Clock, iso, months_before
 from backend.app.core.database import Database, Tx
 from backend.app.core.ids import new_id
@@ -39,7 +39,7 @@ REST_SHARE = 1.0
 # Enough to see what is wrong with them; the report is no place for thousands.
 UNREADABLE_SHOWN_MAX = 10
 
-# Called with what is being done and how many events were looked at; the third number is 0, how many there are is not known.
+# Called with what is counted, how many of it so far, and 0, because how many there are is not known.
 Progress = Callable[[str, int, int], None]
 
 
@@ -99,28 +99,30 @@ class Retention:
         report = Report(received_before=months_before(self._clock.now(), self._months))
         run_id = new_id()
         looked_at = 0
-        after: tuple[datetime, str, bool, str] | None = None
+        after: Place | None = None
         while True:
             async with self._database.snapshot() as tx:
-                page = await rows.load_old_events(
-                    tx, received_before=report.received_before, after=after, limit=PAGE_EVENTS
+                until = await rows.end_of_page(
+                    tx, received_before=report.received_before, after=after, events=PAGE_EVENTS
                 )
-            with_bodies = [event for event in page if event.body_bytes is not None]
-            report.waiting += sum(not event.is_settled for event in with_bodies)
-            for batch in _batches([event for event in with_bodies if event.is_settled]):
-                keys = [event.key for event in batch]
+                page = await rows.load_old_bodies(
+                    tx, received_before=report.received_before, after=after, until=until
+                )
+            report.waiting += sum(not old.is_settled for old in page)
+            for batch in _batches([old for old in page if old.is_settled]):
+                keys = [old.key for old in batch]
                 read = await (self._let_go(keys, report, run_id) if writes else self._look(keys, report))
                 report.bodies += len(read.kept)
                 report.body_bytes += read.body_bytes
                 report.unreadable += len(read.unreadable_ids)
                 report.unreadable_ids += read.unreadable_ids
                 del report.unreadable_ids[UNREADABLE_SHOWN_MAX:]
-                self._progress("looking at old events", looked_at, 0)
-            looked_at += len(page)
-            self._progress("looking at old events", looked_at, 0)
-            if len(page) < PAGE_EVENTS:
+                self._progress(f"{report.bodies} bodies; old events looked at", looked_at, 0)
+            if until is None:
                 return report
-            after = page[-1].place
+            after = until
+            looked_at += PAGE_EVENTS
+            self._progress(f"{report.bodies} bodies; old events looked at", looked_at, 0)
 
     async def _look(self, keys: Sequence[EventKey], report: Report) -> _Read:
         async with self._database.snapshot() as tx:
@@ -157,17 +159,16 @@ class Retention:
         await audit_log.append(tx, [row])
 
 
-def _batches(events: Sequence[OldEvent]) -> Iterator[list[OldEvent]]:
-    """The events in their order, so many at a time as a transaction takes; a larger body is a batch of its own."""
-    batch: list[OldEvent] = []
+def _batches(page: Sequence[OldBody]) -> Iterator[list[OldBody]]:
+    """A page in its order, so much at a time as a transaction takes; a larger body is a batch of its own."""
+    batch: list[OldBody] = []
     batch_bytes = 0
-    for event in events:
-        body_bytes = event.body_bytes or 0
-        if batch and (len(batch) == BATCH_EVENTS_MAX or batch_bytes + body_bytes > BATCH_BYTES_MAX):
+    for old in page:
+        if batch and (len(batch) == BATCH_EVENTS_MAX or batch_bytes + old.body_bytes > BATCH_BYTES_MAX):
             yield batch
             batch, batch_bytes = [], 0
-        batch.append(event)
-        batch_bytes += body_bytes
+        batch.append(old)
+        batch_bytes += old.body_bytes
     if batch:
         yield batch
 

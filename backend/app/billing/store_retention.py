@@ -17,28 +17,20 @@ from backend.app.core.database import Tx
 
 # Nothing is to be done with these any more; what is parked or failed is still to be processed from its body.
 _SETTLED = (Status.SUCCESS.value, Status.IGNORED.value)
+_PLACE = tuple(webhook_events.c[name] for name in ("received_at", "account", "livemode", "event_id"))
+
+
+# Where a walk through the old events is: after the one that came then and has this key.
+Place = tuple[datetime, str, bool, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OldEvent:
-    """An old event as the walk passes it; `body_bytes` is None where the body was let go."""
+class OldBody:
+    """An old event that has its body still, and how large that is."""
 
-    received_at: datetime
-    account: str
-    livemode: bool
-    event_id: str
+    key: EventKey
     is_settled: bool
-    body_bytes: int | None
-
-    @property
-    def key(self) -> EventKey:
-        """What tells it from all other events."""
-        return self.account, self.livemode, self.event_id
-
-    @property
-    def place(self) -> tuple[datetime, str, bool, str]:
-        """Where the walk is after it."""
-        return (self.received_at, *self.key)
+    body_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,27 +43,60 @@ class Body:
     payload: bytes
 
 
-async def load_old_events(
-    tx: Tx, *, received_before: datetime, after: tuple[datetime, str, bool, str] | None, limit: int
-) -> list[OldEvent]:
-    """The next page of the events received before an instant, the oldest first."""
+async def end_of_page(tx: Tx, *, received_before: datetime, after: Place | None, events: int) -> Place | None:
+    """Where the walk through the events received before an instant is so many events further; None where it is over by then."""
+    statement = (
+        sa.select(*_PLACE)
+        .where(*_between(after, received_before=received_before))
+        .order_by(*_PLACE)
+        .offset(events - 1)
+        .limit(1)
+    )
+    row = (await tx.execute(statement)).one_or_none()
+    return None if row is None else (row.received_at, row.account, row.livemode, row.event_id)
+
+
+async def load_old_bodies(
+    tx: Tx, *, received_before: datetime, after: Place | None, until: Place | None
+) -> list[OldBody]:
+    """The events of a page that have their bodies still, in the order in which they came."""
     columns = webhook_events.c
-    place = (columns.received_at, columns.account, columns.livemode, columns.event_id)
-    # Only columns that stand before the body in a row, and the body's length, which is known without reading it.
     statement = (
         sa.select(
-            *place,
+            columns.account,
+            columns.livemode,
+            columns.event_id,
             columns.status.in_(_SETTLED).label("is_settled"),
+            # Known without reading the body.
             sa.func.length(columns.payload).label("body_bytes"),
         )
-        .where(columns.received_at < received_before)
-        .order_by(*place)
-        .limit(limit)
+        .where(*_between(after, until, received_before=received_before), columns.payload.is_not(None))
+        .order_by(*_PLACE)
     )
+    return [
+        OldBody(
+            key=(row.account, row.livemode, row.event_id),
+            is_settled=row.is_settled,
+            body_bytes=row.body_bytes,
+        )
+        for row in await tx.execute(statement)
+    ]
+
+
+def _between(
+    after: Place | None, until: Place | None = None, *, received_before: datetime
+) -> list[sa.ColumnElement[bool]]:
+    conditions = [webhook_events.c.received_at < received_before]
     if after is not None:
-        literals = (sa.literal(part, column.type) for part, column in zip(after, place, strict=True))
-        statement = statement.where(sa.tuple_(*place) > sa.tuple_(*literals))
-    return [OldEvent(**row) for row in (await tx.execute(statement)).mappings()]
+        conditions.append(sa.tuple_(*_PLACE) > _literals(after))
+    if until is not None:
+        conditions.append(sa.tuple_(*_PLACE) <= _literals(until))
+    return conditions
+
+
+def _literals(place: Place) -> sa.Tuple:
+    # With their columns' types, so that an instant is written as the column writes it.
+    return sa.tuple_(*(sa.literal(part, column.type) for part, column in zip(place, _PLACE, strict=True)))
 
 
 async def load_bodies(tx: Tx, keys: Collection[EventKey], *, holds: bool) -> list[Body]:
