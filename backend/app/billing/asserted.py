@@ -24,7 +24,6 @@ from backend.app.billing.providers.stripe import customer_named, translate
 from backend.app.billing.providers.stripe_event import StripeEvent, read_event
 from backend.app.billing.store_state import FACT
 from backend.app.billing.strict_json import parse_event_json
-from backend.app.core.compact_json import compact_json
 
 # The form of the document below. A later release that writes another one goes on reading this one; a default of
 # `Translation` or of what is in it, but for facts, can't change without a new version, because defaults are left out.
@@ -118,7 +117,7 @@ def kept_form(read: StripeEvent) -> dict[str, Any] | None:
                 for about in asserts.facts
             ],
         }
-    kept: dict[str, Any] = _sorted(json.loads(compact_json(document)))
+    kept: dict[str, Any] = json.loads(json.dumps(document, sort_keys=True))
     without_alerts = asserts if isinstance(asserts, Decision) else replace(asserts, alerts=())
     same = Asserted(event=event, asserts=without_alerts) == read_kept(kept, key=event.key)
     return kept if same else None
@@ -163,15 +162,6 @@ def _asserts(event: Event, document: Mapping[str, Any]) -> Translation | Decisio
         About(key=about["key"], fact=FACT.validate_python(about["fact"])) for about in asserts["facts"]
     )
     return replace(_TRANSLATION.validate_python({**asserts, "facts": ()}), facts=facts)
-
-
-def _sorted(value: Any) -> Any:
-    """The same JSON with the keys of all objects in their order."""
-    if isinstance(value, Mapping):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    if isinstance(value, list):
-        return [_sorted(item) for item in value]
-    return value
 
 
 def _unreadable(event: Event, problem: str) -> Decision:
