@@ -58,6 +58,9 @@ BOUNDS = (
     ("ops.outbox", "LEASE_SECONDS"),
     ("ops.outbox", "RETRY_BASE_SECONDS"),
     ("ops.outbox", "ATTEMPTS_MAX"),
+    ("billing.retention", "BATCH_EVENTS_MAX"),
+    ("billing.retention", "BATCH_BYTES_MAX"),
+    ("billing.retention", "REST_SHARE"),
     ("cli", "STOP_SECONDS_MAX"),
 )
 

@@ -29,6 +29,7 @@ DOMAIN_TESTS = ("backend/tests/domain", "backend/tests/providers")
 FLOW_TESTS = ("backend/tests/billing/test_flows.py", "backend/tests/billing/test_parking.py")
 BATCH_TESTS = "backend/tests/faults/test_batches.py"
 REVIEW_TESTS = ("backend/tests/test_pr_040_security.py",)
+RETENTION_TESTS = ("backend/tests/billing/test_retention.py",)
 ANSWER_TESTS = ("backend/tests/billing/test_answers.py",)
 
 
@@ -108,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         name="events of the other livemode are granted",
-        path=f"{BILLING}/apply.py",
+        path=f"{BILLING}/asserted.py",
         before="    if event.envelope.livemode != livemode:",
         after="    if False:",
         tests=FLOW_TESTS,
@@ -147,6 +148,27 @@ MUTANTS = (
         before="        since = fact.as_of\n",
         after="        since = max(since, fact.as_of)\n",
         tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="the body of what is parked is let go",
+        path=f"{BILLING}/store_retention.py",
+        before="_SETTLED = (Status.SUCCESS.value, Status.IGNORED.value)",
+        after="_SETTLED = tuple(Status)",
+        tests=RETENTION_TESTS,
+    ),
+    Mutant(
+        name="what retention lets go is told nowhere",
+        path=f"{BILLING}/retention.py",
+        before="            await self._audit(tx, read, report, run_id)\n",
+        after="            pass\n",
+        tests=RETENTION_TESTS,
+    ),
+    Mutant(
+        name="an event without its body is of the mode that is set",
+        path=f"{BILLING}/asserted.py",
+        before="    return asserted if asserted.event.livemode == livemode else",
+        after="    return asserted if asserted else",
+        tests=RETENTION_TESTS,
     ),
     Mutant(
         name="a replay is answered anew instead of with the stored bytes",

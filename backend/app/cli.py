@@ -32,14 +32,16 @@ from backend.app.billing.entitlements import EntitlementService, entitlement_doc
 from backend.app.billing.explain import Explanation, explanation_document, explanation_text
 from backend.app.billing.explain import explain as explanation_of
 from backend.app.billing.rebuild import Rebuild, Report
+from backend.app.billing.retention import Report as Retained
+from backend.app.billing.retention import Retention
 from backend.app.billing.routes import WEBHOOK_PATH, read_instant
 from backend.app.billing.security import sign
 from backend.app.core.api_keys import ApiKeys, Scope
-from backend.app.core.clock import SystemClock
+from backend.app.core.clock import SystemClock, iso
 from backend.app.core.database import Database
 from backend.app.core.errors import AppError, InvalidRequest
 from backend.app.core.migrations import is_current, migrate
-from backend.app.core.settings import Settings
+from backend.app.core.settings import RETENTION_MONTHS_MAX, RETENTION_MONTHS_MIN, Settings
 from backend.app.demo.deployment import DemoFailed
 from backend.app.demo.run import run_demo
 from backend.app.main import SHIPPED_CATALOG, create_app, load_catalog, open_redis, open_secrets
@@ -225,8 +227,7 @@ def explain(user: str, at: str | None, as_json: bool) -> None:
         _wrong_use(str(error))
 
     async def work(database: Database) -> Explanation:
-        if not await is_current(database):
-            raise ValueError("the database has not this version's schema; run `tollkeeper migrate` first")
+        await _require_current(database)
         view, evidence = await EntitlementService(database, catalog).view_with_evidence(user, at=instant)
         return explanation_of(catalog, view, evidence)
 
@@ -299,6 +300,48 @@ def rebuild(check: bool, file: Path | None, as_json: bool) -> None:
         sys.stdout.flush()
         file.unlink(missing_ok=True)
     sys.exit(1 if check and report.difference_count else 0)
+
+
+@main.command()
+@click.option(
+    "--months",
+    type=click.IntRange(RETENTION_MONTHS_MIN, RETENTION_MONTHS_MAX),
+    help="Calendar months that bodies are kept. Default: PAYLOAD_RETENTION_MONTHS.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would go; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def retention(months: int | None, dry_run: bool, as_json: bool) -> None:
+    """Let the bodies of old events go; what they asserted stays, and with it every guarantee."""
+    kept_months = _settings().payload_retention_months if months is None else months
+
+    async def work(database: Database) -> Retained:
+        await _require_current(database)
+        made = Retention(database, SystemClock(), months=kept_months, progress=_show_progress)
+        return await (made.preview() if dry_run else made.run())
+
+    report = _with_database(work)
+    _end_progress()
+    if as_json:
+        document = {
+            "months": kept_months,
+            **dataclasses.asdict(report),
+            "received_before": iso(report.received_before),
+            "dry_run": dry_run,
+        }
+        click.echo(json.dumps(document))
+    else:
+        verb = "would go" if dry_run else "were let go"
+        click.echo(
+            f"{report.bodies} bodies of {report.body_bytes} bytes, received before {iso(report.received_before)}, {verb}; "
+            f"{report.waiting} stay, because their events are parked or failed."
+        )
+        if report.unreadable:
+            more = " ..." if report.unreadable > len(report.unreadable_ids) else ""
+            click.echo(
+                f"{report.unreadable} stay, because it can't be told what they assert: "
+                f"{', '.join(report.unreadable_ids)}{more}; look at `tollkeeper rebuild --check`."
+            )
+    sys.exit(1 if report.unreadable else 0)
 
 
 @main.group()
@@ -501,10 +544,15 @@ async def _prepare_database(settings: Settings) -> None:
     try:
         if database.is_sqlite:
             await migrate(database)
-        elif not await is_current(database):
-            raise ValueError("the database has not this version's schema; run `tollkeeper migrate` first")
+        else:
+            await _require_current(database)
     finally:
         await database.close()
+
+
+async def _require_current(database: Database) -> None:
+    if not await is_current(database):
+        raise ValueError("the database has not this version's schema; run `tollkeeper migrate` first")
 
 
 def _end_with_parent() -> None:

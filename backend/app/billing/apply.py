@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -43,9 +43,6 @@ from backend.app.billing.domain.facts import (
     Translation,
 )
 from backend.app.billing.models import PaymentEvent
-from backend.app.billing.providers.fields import TranslationError
-from backend.app.billing.providers.stripe import customer_named, translate
-from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
 from backend.app.billing.reread import reread_message
 from backend.app.billing.store_claims import Claimed, claim, claim_money
@@ -290,33 +287,6 @@ class _Writes:
     def _add_audit(self, row: AuditLog) -> None:
         self._audit.append(row)
         self._effects.audit_actions.append(row.action)
-
-
-def translated(event: StripeEvent, *, livemode: bool) -> Translation | Decision:
-    """What an event asserts, or the decision where that is nothing a deployment of this mode may or can act on."""
-    if event.envelope.livemode != livemode:
-        return Decision(status=Status.IGNORED, reason="other_livemode")
-    try:
-        translation = translate(event)
-    except TranslationError as error:
-        return replace(_unreadable(event.envelope, str(error)), customer=customer_named(event))
-    return translation or Decision(
-        status=Status.IGNORED, reason="not_handled", customer=customer_named(event)
-    )
-
-
-def _unreadable(event: Event, problem: str) -> Decision:
-    return Decision(
-        status=Status.PARKED,
-        reason=f"unreadable:{problem}",
-        notices=(
-            Notice(
-                key=f"unreadable:{event.type}:{event.api_version}",
-                text=f"Event {event.id} ({event.type}, API {event.api_version}) is parked: {problem}. "
-                "It is kept and can be processed again once its shape is understood.",
-            ),
-        ),
-    )
 
 
 def named_parties(event: Event, translation: Translation) -> store_state.Parties:

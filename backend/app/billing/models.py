@@ -25,8 +25,9 @@ webhook_claims = sa.Table(
     sa.Column("claimed_at", UtcDateTime, nullable=False),
 )
 
-# What came: the signed bytes, what became of them and what was answered. By months of when it happened, which
-# every delivery of an event tells alike; that an event has one row only is the claims' business.
+# What came: the signed bytes or, once retention let them go, what they asserted; what became of it and what was answered.
+# By months of when it happened, which every delivery of an event tells alike; that an event has one row only is
+# the claims' business.
 webhook_events = sa.Table(
     "webhook_events",
     metadata,
@@ -49,12 +50,20 @@ webhook_events = sa.Table(
     sa.Column("subject_key", sa.Text),
     # The exact body of the 200 that the first delivery got; null while it has failed only.
     sa.Column("answer", sa.Text),
-    sa.Column("payload", sa.LargeBinary, nullable=False),
+    # The signed bytes as they came; null once retention let them go.
+    sa.Column("payload", sa.LargeBinary),
+    # Of the bytes that came, for ever: so that a body that is fetched again can be proved to be the same.
     sa.Column("payload_sha256", sa.Text, nullable=False),
+    # What the bytes asserted, in a form of ours (billing/asserted.py); null as long as they are here themselves.
+    sa.Column("assertion", Json),
     sa.Column("request_id", sa.Text),
     # Grows from decision to decision about the same parties, so that they can be replayed in their order;
     # events that have nothing to do with each other may share a number.
     sa.Column("position", sa.BigInteger),
+    # Nothing, no hand's mistake either, takes the ground away that all else can be made again from.
+    sa.CheckConstraint(
+        "payload IS NOT NULL OR assertion IS NOT NULL", name="ck_webhook_events_body_or_assertion"
+    ),
     sa.Index("ix_webhook_events_received_at", "received_at"),
     sa.Index("ix_webhook_events_position", "position"),
     sa.Index("ix_webhook_events_user_id", "user_id", "received_at"),

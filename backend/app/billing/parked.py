@@ -9,14 +9,14 @@ import structlog
 
 from backend.app.billing import store, store_admin
 from backend.app.billing.apply import Effects
+from backend.app.billing.asserted import read_body
 from backend.app.billing.domain.decide import Decision, EntitlementChange
 from backend.app.billing.domain.facts import Event
 from backend.app.billing.domain.merge import Entitlement
 from backend.app.billing.grants import action_event, record
-from backend.app.billing.providers.stripe_event import StripeEvent, read_event
+from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.billing.store_admin import EventKey, KeptEvent
 from backend.app.billing.store_claims import claim_events
-from backend.app.billing.strict_json import parse_event_json
 from backend.app.billing.webhooks import BillingWebhooks, stored_event
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock, iso
@@ -69,6 +69,9 @@ class StoredEvents:
         """Processes an event again by today's catalog and knowledge; a failed one as if it was delivered now.
 
         The answer that a delivery got stays the answer. A dry run writes nothing.
+
+        Raises:
+            Conflict: its body was let go by retention.
         """
         if dry_run:
             async with self._database.snapshot() as tx:
@@ -145,7 +148,7 @@ class StoredEvents:
         if is_first:
             await _save_as_delivered(tx, kept, event.envelope, decision)
         else:
-            await store.resettle_event(
+            has_body = await store.resettle_event(
                 tx,
                 event.envelope,
                 status=decision.status,
@@ -153,6 +156,9 @@ class StoredEvents:
                 user_id=decision.user_id,
                 plan_code=decision.plan_code,
             )
+            # What is parked keeps its body: so nothing may become parked whose body went meanwhile.
+            if not has_body:
+                raise _let_go()
         await record(
             tx,
             effects,
@@ -183,7 +189,7 @@ async def _save_as_delivered(tx: Tx, kept: KeptEvent, event: Event, decision: De
         event,
         decision,
         received_at=kept.received_at,
-        payload=kept.payload,
+        payload=_body(kept),
         payload_sha256=kept.payload_sha256,
         request_id=kept.request_id or "",
     )
@@ -228,8 +234,20 @@ def _entitlement_document(entitlement: Entitlement) -> dict[str, Any]:
 
 
 def _read(kept: KeptEvent) -> StripeEvent:
-    # Readable, because nothing is stored that was not read before.
-    return read_event(parse_event_json(kept.payload), signed_at=kept.occurred_at)
+    return read_body(_body(kept), signed_at=kept.occurred_at)
+
+
+def _body(kept: KeptEvent) -> bytes:
+    if kept.payload is None:
+        raise _let_go()
+    return kept.payload
+
+
+def _let_go() -> Conflict:
+    return Conflict(
+        "The event's body was let go by retention, so it can't be read again; nothing was changed. "
+        "What it asserted is kept: `tollkeeper rebuild` decides on that by today's catalog."
+    )
 
 
 def _reprocessed(kept: KeptEvent, event: StripeEvent, decision: Decision) -> Reprocessed:

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from backend.app.billing import store_rebuild as rows
-from backend.app.billing.apply import translated
+from backend.app.billing.asserted import read_stored
 from backend.app.billing.domain.access import named_users
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.decide import NO_USER, Attribution, Decision, Status, Waiting, decide
@@ -35,10 +35,8 @@ from backend.app.billing.domain.facts import (
 )
 from backend.app.billing.domain.state import State
 from backend.app.billing.party_index import Node, NodeKind, user_node
-from backend.app.billing.providers.stripe_event import read_event
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
 from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
-from backend.app.billing.strict_json import parse_event_json
 
 _FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
 
@@ -58,12 +56,13 @@ class Happening:
 
 
 def happening_of_event(stored: StoredEvent, *, livemode: bool, is_of_party: bool = True) -> Happening:
-    """A stored event as it was decided by a deployment of one mode: it was read before, so it can be read again."""
-    # A missing `created` was replaced by the time of the signature, which only the row remembers.
-    parsed = read_event(parse_event_json(stored.payload), signed_at=stored.occurred_at)
+    """A stored event as it was decided by a deployment of one mode, with its body or without."""
+    asserted = read_stored(
+        stored.key, stored.payload, stored.assertion, occurred_at=stored.occurred_at, livemode=livemode
+    )
     return Happening(
-        event=parsed.envelope,
-        asserts=translated(parsed, livemode=livemode),
+        event=asserted.event,
+        asserts=asserted.asserts,
         received_at=stored.received_at,
         is_stored_event=True,
         is_of_party=is_of_party,

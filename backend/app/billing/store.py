@@ -5,7 +5,7 @@ Functions take many rows at once: the number of statements does not grow with th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -424,14 +424,23 @@ async def date_failed(tx: Tx, event: Event) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParkedEvent:
-    """What is needed to process a parked event again; `payload` is its stored body."""
+    """What is needed to process a parked event again: its stored body or, where that was let go, what it asserted.
+
+    An event without a body was settled once, and is parked since a rebuild under another catalog.
+    """
 
     account: str
     livemode: bool
     event_id: str
     reason: str
     occurred_at: datetime
-    payload: bytes
+    payload: bytes | None
+    assertion: Mapping[str, Any] | None
+
+    @property
+    def key(self) -> EventKey:
+        """What tells it from all other events."""
+        return self.account, self.livemode, self.event_id
 
 
 async def load_parked(
@@ -448,6 +457,7 @@ async def load_parked(
             columns.reason,
             columns.occurred_at,
             columns.payload,
+            columns.assertion,
         )
         .where(columns.status == PARKED, columns.reason.startswith(reason_prefix, autoescape=True))
         .order_by(columns.account, columns.livemode, columns.event_id)
@@ -460,13 +470,18 @@ async def load_parked(
 
 async def resettle_event(
     tx: Tx, event: Event, *, status: Status, reason: str | None, user_id: str | None, plan_code: str | None
-) -> None:
-    """Writes what became of an event that was processed again; the answer that was given stays."""
-    await tx.execute(
+) -> bool:
+    """Writes what became of an event that was processed again; the answer that was given stays.
+
+    Whether its body is still kept: a retention beside may have let it go since it was read.
+    """
+    result = await tx.execute(
         webhook_events.update()
         .where(_is_event(event))
         .values(status=status.value, reason=reason, user_id=user_id, plan_code=plan_code)
+        .returning(webhook_events.c.payload.is_not(None))
     )
+    return bool(result.scalar_one())
 
 
 async def count_parked(tx: Tx) -> int:

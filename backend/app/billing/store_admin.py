@@ -39,7 +39,7 @@ class EventKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptEvent:
-    """A row of `webhook_events` with its bytes: all that is needed to process it again."""
+    """A row of `webhook_events` with its bytes: all that is needed to process it again; None once they were let go."""
 
     key: EventKey
     event_type: str
@@ -47,7 +47,7 @@ class KeptEvent:
     reason: str | None
     occurred_at: datetime
     received_at: datetime
-    payload: bytes
+    payload: bytes | None
     payload_sha256: str
     request_id: str | None
 
@@ -266,12 +266,12 @@ async def list_parked_groups(tx: Tx, *, after: Place | None, limit: int) -> list
 async def list_parked_keys(
     tx: Tx, *, reason: str | None, after: Place | None, limit: int
 ) -> list[tuple[EventKey, str]]:
-    """The names of parked events and what each waits for, in the order of their names."""
+    """The names of parked events that have their bodies, and what each waits for, in the order of their names."""
     columns = webhook_events.c
     place = (columns.account, columns.livemode, columns.event_id)
     statement = (
         sa.select(*place, columns.reason)
-        .where(columns.status == Status.PARKED.value)
+        .where(columns.status == Status.PARKED.value, columns.payload.is_not(None))
         .order_by(*place)
         .limit(limit)
     )

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from backend.app.audit.models import audit_logs
-from backend.app.billing.domain.facts import CustomerId, SubjectId, Via
+from backend.app.billing.domain.facts import CustomerId, EventKey, SubjectId, Via
 from backend.app.billing.models import (
     customer_ties,
     entitlement_history,
@@ -169,7 +169,13 @@ class StoredEvent:
     occurred_at: datetime
     received_at: datetime
     position: int | None
-    payload: bytes
+    payload: bytes | None
+    assertion: Mapping[str, Any] | None
+
+    @property
+    def key(self) -> EventKey:
+        """What tells it from all other events."""
+        return self.account, self.livemode, self.event_id
 
     @property
     def node(self) -> Node:
@@ -268,6 +274,7 @@ def _select_events() -> sa.Select[*tuple[Any, ...]]:
         columns.received_at,
         columns.position,
         columns.payload,
+        columns.assertion,
     ).where(processed)
 
 

@@ -19,13 +19,13 @@ from datetime import datetime
 import structlog
 
 from backend.app.billing import store
-from backend.app.billing.apply import Applier, Assertion, Effects, translated
+from backend.app.billing.apply import Applier, Assertion, Effects
+from backend.app.billing.asserted import Asserted, read_stored, translated
 from backend.app.billing.committer import Committer
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.decide import Decision, Status
 from backend.app.billing.domain.facts import Event, EventKey, Translation, prices_of
 from backend.app.billing.masking import mask_sensitive
-from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import DASHBOARD_TEST_EVENT_ID, StripeEvent, read_event
 from backend.app.billing.security import (
     SignatureRefused,
@@ -182,22 +182,28 @@ class BillingWebhooks:
         """Whether the catalog has what was missing, under this name or under another of the event's prices."""
         if self._catalog.knows(missing):
             return True
-        # Readable, because it was parked for what it says.
-        translation = translate(read_event(parse_event_json(parked.payload), signed_at=parked.occurred_at))
-        return translation is not None and any(
-            self._catalog.plan_of_price(price)
-            for about in translation.facts
-            for price in prices_of(about.fact)
+        asserts = self._read_parked(parked).asserts
+        return isinstance(asserts, Translation) and any(
+            self._catalog.plan_of_price(price) for about in asserts.facts for price in prices_of(about.fact)
+        )
+
+    def _read_parked(self, parked: store.ParkedEvent) -> Asserted:
+        return read_stored(
+            parked.key,
+            parked.payload,
+            parked.assertion,
+            occurred_at=parked.occurred_at,
+            livemode=self._livemode,
         )
 
     async def _rerun(self, parked: store.ParkedEvent) -> None:
         effects = Effects()
-        event = read_event(parse_event_json(parked.payload), signed_at=parked.occurred_at)
+        asserted = self._read_parked(parked)
         async with self._database.transaction() as tx:
-            decision = await self.process(tx, event, effects)
+            decision = await self._process(tx, asserted, effects)
             await store.resettle_event(
                 tx,
-                event.envelope,
+                asserted.event,
                 status=decision.status,
                 reason=decision.reason,
                 user_id=decision.user_id,
@@ -340,7 +346,11 @@ class BillingWebhooks:
 
     async def process(self, tx: Tx, event: StripeEvent, effects: Effects) -> Decision:
         """Decides on a genuine event and writes every consequence but its own row into the open transaction."""
-        assertion = Assertion(event=event.envelope, asserts=translated(event, livemode=self._livemode))
+        asserts = translated(event, livemode=self._livemode)
+        return await self._process(tx, Asserted(event=event.envelope, asserts=asserts), effects)
+
+    async def _process(self, tx: Tx, asserted: Asserted, effects: Effects) -> Decision:
+        assertion = Assertion(event=asserted.event, asserts=asserted.asserts)
         (decision,) = await self._applier.apply(tx, [assertion], effects)
         return decision
 

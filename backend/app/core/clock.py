@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import calendar
+from datetime import MINYEAR, UTC, datetime
 from typing import Protocol
 
 
@@ -25,6 +26,23 @@ class SystemClock:
 def from_unix(seconds: int) -> datetime:
     """An aware UTC instant from whole seconds since 1970, Stripe's form of time."""
     return datetime.fromtimestamp(seconds, UTC)
+
+
+def months_before(instant: datetime, months: int) -> datetime:
+    """The same day and time some calendar months earlier, in UTC; the last day of a month that has no such day.
+
+    From 31 March one month before is 28 or 29 February: never later than the day, so nothing counts as
+    older than it is.
+
+    Raises:
+        ValueError: that is before the year 1.
+    """
+    instant = instant.astimezone(UTC)
+    year, month_index = divmod(instant.year * 12 + instant.month - 1 - months, 12)
+    if year < MINYEAR:
+        raise ValueError(f"{months} months before {iso(instant)} there was no year")
+    days = calendar.monthrange(year, month_index + 1)[1]
+    return instant.replace(year=year, month=month_index + 1, day=min(instant.day, days))
 
 
 def to_unix(instant: datetime) -> int:

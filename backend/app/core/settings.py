@@ -10,6 +10,11 @@ from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+# Stripe sends an event again for days, and tells of it for 30: a body that goes earlier could still be asked for.
+RETENTION_MONTHS_MIN = 1
+# A century; what is to be kept for ever is kept by not running the command.
+RETENTION_MONTHS_MAX = 1_200
+
 
 class NameFileSource(PydanticBaseSettingsSource):
     """Reads `NAME` from the file that the environment variable `NAME_FILE` names, without its final newline."""
@@ -78,6 +83,14 @@ class Settings(BaseSettings):
     catalog_file: Path | None = Field(
         None,
         description="Plans, features, price map and access policy; default is the shipped `catalog.toml`.",
+    )
+    payload_retention_months: int = Field(
+        13,
+        ge=RETENTION_MONTHS_MIN,
+        le=RETENTION_MONTHS_MAX,
+        description=(
+            "How many calendar months `tollkeeper retention` keeps the bodies of settled events. Nothing goes unless it is run."
+        ),
     )
     alert_urls: SecretStr = Field(
         SecretStr(""),

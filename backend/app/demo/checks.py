@@ -274,7 +274,7 @@ def _late_binding(evidence: Evidence) -> Finding:
 def _bytes_kept(evidence: Evidence) -> Finding:
     sent = {first.event_id: first.body_sha256 for first in evidence.of_kind(Kind.FIRST)}
     stored = {
-        row["event_id"]: (row["payload"], row["payload_sha256"])
+        row["event_id"]: (row["payload"] or b"", row["payload_sha256"])
         for row in evidence.deployment.rows("SELECT event_id, payload, payload_sha256 FROM webhook_events")
     }
     wrong = []

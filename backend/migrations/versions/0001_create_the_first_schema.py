@@ -287,10 +287,14 @@ def upgrade() -> None:
         sa.Column("customer_id", sa.Text(), nullable=True),
         sa.Column("subject_key", sa.Text(), nullable=True),
         sa.Column("answer", sa.Text(), nullable=True),
-        sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.Column("payload", sa.LargeBinary(), nullable=True),
         sa.Column("payload_sha256", sa.Text(), nullable=False),
+        sa.Column("assertion", JSON_DOCUMENT, nullable=True),
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.Column("position", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint(
+            "payload IS NOT NULL OR assertion IS NOT NULL", name="ck_webhook_events_body_or_assertion"
+        ),
         sa.PrimaryKeyConstraint("account", "livemode", "event_id", "occurred_at", name="pk_webhook_events"),
         postgresql_partition_by="RANGE (occurred_at)",
     )

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from backend.app.billing import retention
+from backend.app.billing.models import webhook_events
+from backend.app.billing.retention import Retention
 from backend.app.core.api_keys import Scope
 from backend.app.core.database import Database
 from backend.app.core.migrations import migrate
 from backend.app.simulator import objects
 from backend.tests.faults import events
 from backend.tests.faults.events import EPOCH, PERIOD_END
-from backend.tests.support.billing import Harness, running_service
+from backend.tests.support.billing import Harness, SettableClock, running_service
 from backend.tests.support.plans import GROWING_NAMES, Statement, problems, recorded
 from backend.tests.support.servers import PostgresServer
 from backend.tests.support.stored_history import LIFE, copy_life, keep_life, life, name_of
@@ -117,6 +122,27 @@ async def test_every_statement_of_the_reads_finds_its_rows_by_an_index(
         )
         assert answer.status_code == 200, answer.text
     assert len(seen) > 10
+    assert await _bad(old_service, seen) == {}
+    assert await _bad(new_service, seen) == {}
+
+
+async def test_every_statement_of_retention_finds_its_rows_by_an_index(
+    old_service: Harness, new_service: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages, bodies and what takes their place; only the oldest lives of the history lose theirs."""
+    monkeypatch.setattr(retention, "PAGE_EVENTS", 4)
+    async with old_service.service.database.snapshot() as tx:
+        place = webhook_events.c.received_at
+        oldest = (await tx.execute(sa.select(place).order_by(place).limit(1))).scalar_one()
+    horizon = oldest + timedelta(seconds=5)
+    clock = SettableClock(instant=horizon.replace(year=horizon.year + 4))
+    made = Retention(old_service.service.database, clock, months=4 * 12)
+    with recorded(old_service.service.database) as seen:
+        preview = await made.preview()
+        report = await made.run()
+    assert report == preview
+    assert 2 * 4 < report.bodies < LIVES
+    assert any("FOR UPDATE" in sql for sql in seen) or old_service.service.database.is_sqlite
     assert await _bad(old_service, seen) == {}
     assert await _bad(new_service, seen) == {}
 
