@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from backend.app.billing import apply
+from backend.app.billing import asserted
 from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.billing.rebuild import Rebuild
@@ -69,7 +69,7 @@ async def test_a_bad_event_fails_alone_and_is_applied_once_it_can_be(
         return translate(event)
 
     with monkeypatch.context() as patch, capture_logs() as logs:
-        patch.setattr(apply, "translate", broken)
+        patch.setattr(asserted, "translate", broken)
         answers = await asyncio.gather(*(service.deliver(body) for body in purchases))
     assert Counter(answer.status_code for answer in answers) == {200: 36, 500: 4}
     assert await service.count("payment_events") == await service.count("user_entitlements") == 36
