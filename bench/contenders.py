@@ -39,6 +39,7 @@ class Kind(StrEnum):
 
     TEXTBOOK = "textbook handler"
     TOLLKEEPER = "Tollkeeper"
+    ONE_BY_ONE = "Tollkeeper, one transaction per event"
     PROTOTYPE = "bare prototype, group commit"
     SINGLE = "bare prototype, one transaction per event"
 
@@ -46,26 +47,30 @@ class Kind(StrEnum):
 COMMANDS: Mapping[Kind, tuple[str, ...]] = {
     Kind.TEXTBOOK: (*_UVICORN, "bench.textbook:create_app"),
     Kind.TOLLKEEPER: SERVE,
+    Kind.ONE_BY_ONE: (sys.executable, "-m", "bench.one_by_one", "serve"),
     Kind.PROTOTYPE: (*_UVICORN, "bench.prototype:create_app"),
     Kind.SINGLE: (*_UVICORN, "bench.prototype:create_app"),
 }
 
 # What must count as many rows as events were accepted, and as users they were about. Each event changes what its
 # user may do, so each has a line in the history.
+_TOLLKEEPER_PER_EVENT = (
+    "webhook_events WHERE status = 'success'",
+    "payment_events",
+    "entitlement_history",
+    "audit_logs WHERE action = 'payment.event'",
+)
 _PER_EVENT: Mapping[Kind, tuple[str, ...]] = {
     Kind.TEXTBOOK: ("textbook_events", "textbook_payments", "textbook_audit"),
-    Kind.TOLLKEEPER: (
-        "webhook_events WHERE status = 'success'",
-        "payment_events",
-        "entitlement_history",
-        "audit_logs WHERE action = 'payment.event'",
-    ),
+    Kind.TOLLKEEPER: _TOLLKEEPER_PER_EVENT,
+    Kind.ONE_BY_ONE: _TOLLKEEPER_PER_EVENT,
     Kind.PROTOTYPE: ROWS_PER_EVENT,
     Kind.SINGLE: ROWS_PER_EVENT,
 }
 _PER_USER: Mapping[Kind, tuple[str, ...]] = {
     Kind.TEXTBOOK: ("textbook_entitlements",),
     Kind.TOLLKEEPER: ("user_entitlements",),
+    Kind.ONE_BY_ONE: ("user_entitlements",),
     Kind.PROTOTYPE: ROWS_PER_USER,
     Kind.SINGLE: ROWS_PER_USER,
 }
@@ -93,6 +98,7 @@ CONTENDERS = (
     Contender("single-1", Kind.SINGLE, Store.POSTGRES, 1),
     Contender("prototype-1", Kind.PROTOTYPE, Store.POSTGRES, 1),
     Contender("prototype-2", Kind.PROTOTYPE, Store.POSTGRES, 2),
+    Contender("tollkeeper-single-1", Kind.ONE_BY_ONE, Store.POSTGRES, 1),
     Contender("tollkeeper-1", Kind.TOLLKEEPER, Store.POSTGRES, 1),
     Contender("tollkeeper-2", Kind.TOLLKEEPER, Store.POSTGRES, 2),
     Contender("tollkeeper-redis-1", Kind.TOLLKEEPER, Store.REDIS, 1),
@@ -193,7 +199,7 @@ def prepared(servers: Servers, kind: Kind) -> str:
     url = servers.postgres.create_database(name)
     if kind is Kind.TEXTBOOK:
         asyncio.run(create_tables(url))
-    elif kind is Kind.TOLLKEEPER:
+    elif kind in {Kind.TOLLKEEPER, Kind.ONE_BY_ONE}:
         asyncio.run(create_schema(url))
     else:
         for statement in TABLES_POSTGRES.split(";\n"):

@@ -32,6 +32,10 @@ MICROSECONDS = 1_000_000
 FEATURE = "copy_trading"
 SERVICE = "tollkeeper-1"
 
+# What is asked, as the report calls it.
+ANEW = "`GET /api/v1/entitlements/{user}`, read and decided anew"
+KNOWN = "`GET` with the ETag that is known (304), answer held"
+
 _ETAG = re.compile(rb"(?i)\r\netag:[ \t]*([^\r\n]+)")
 
 
@@ -72,9 +76,9 @@ def measure_reads(servers: Servers, *, rounds: int, seconds: float) -> list[Read
         known = [_get(user, key, etag=_etag(head)) for user, head in zip(users, heads, strict=False)]
         evaluations = [_evaluate(user, key) for user in users]
         questions = {
-            "`GET /api/v1/entitlements/{user}`, read and decided anew": (plain, HTTP_OK),
+            ANEW: (plain, HTTP_OK),
             "`GET`, answer held": (few, HTTP_OK),
-            "`GET` with the ETag that is known (304), answer held": (known, HTTP_NOT_MODIFIED),
+            KNOWN: (known, HTTP_NOT_MODIFIED),
             "`POST /ofrep/v1/evaluate/flags/{key}`, read and decided anew": (evaluations, HTTP_OK),
             "`POST`, answer held": (evaluations[:FEW_USERS], HTTP_OK),
         }

@@ -24,6 +24,7 @@ COLOURS = {
     Kind.TEXTBOOK: "#8c8c8c",
     Kind.SINGLE: "#9ecae1",
     Kind.PROTOTYPE: "#6baed6",
+    Kind.ONE_BY_ONE: "#fdae6b",
     Kind.TOLLKEEPER: "#d95f0e",
 }
 PGBENCH_COLOUR = "#c7c7c7"
@@ -173,7 +174,7 @@ def _targets(run: Run) -> str:
         ["Target", "Wanted", "Measured", ""],
         [
             [verdict.target, verdict.wanted, verdict.measured, verdict.word]
-            for verdict in verdicts(run.samples, run.growth)
+            for verdict in verdicts(run.samples, run.reads, run.growth)
         ],
     )
 

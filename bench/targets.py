@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.growth import Growth
 from bench.pgbench import SINGLE
+from bench.reads import ANEW, KNOWN, ReadSpeed
+from bench.reads import CONNECTIONS as READ_CONNECTIONS
 from bench.rounds import Samples
 from bench.spread import Spread, ratio, spread
 
@@ -15,7 +17,12 @@ TEXTBOOK_RATIO_MIN = 20.0
 PGBENCH_RATIO_MIN = 1.2
 PROTOTYPE_RATIO_MIN = 0.6
 LONE_RATIO_MIN = 1.0
+# To wait for nobody must cost a lone delivery nothing; by so much do two runs of the very same work differ.
+OWN_LONE_RATIO_MIN = 0.95
 P99_TO_P50_MAX = 4.0
+# Answers per second of one worker, and their p99 in milliseconds, at 16 connections.
+READS_ANEW_MIN, READS_KNOWN_MIN = 3_000, 8_000
+READS_P99_MS_MAX = 10.0
 # CPU per event at the most stored events, to that at the fewest.
 GROWTH_RATIO_MAX = 1.3
 
@@ -37,7 +44,7 @@ class Verdict:
         return {True: "met", False: "not met", None: "not measured"}[self.met]
 
 
-def verdicts(samples: Samples, growth: Growth | None) -> list[Verdict]:
+def verdicts(samples: Samples, reads: Sequence[ReadSpeed], growth: Growth | None) -> list[Verdict]:
     """Every target, by the medians of the run."""
     found = []
     for workers in (1, 2):
@@ -70,6 +77,16 @@ def verdicts(samples: Samples, growth: Growth | None) -> list[Verdict]:
             LONE_RATIO_MIN,
         )
     )
+    found.append(
+        _at_least(
+            samples,
+            f"PostgreSQL, {LONE} connection, 1 worker: to Tollkeeper itself with one transaction per event",
+            "tollkeeper-1",
+            "tollkeeper-single-1",
+            LONE,
+            OWN_LONE_RATIO_MIN,
+        )
+    )
     for name, what in (
         ("tollkeeper-1", "PostgreSQL, 1 worker"),
         ("tollkeeper-2", "PostgreSQL, 2 workers"),
@@ -85,6 +102,7 @@ def verdicts(samples: Samples, growth: Growth | None) -> list[Verdict]:
                 lambda median: median < P99_TO_P50_MAX,
             )
         )
+    found += _reads(reads)
     found.append(_growth(growth))
     return found
 
@@ -92,6 +110,34 @@ def verdicts(samples: Samples, growth: Growth | None) -> list[Verdict]:
 def per_second(samples: Samples, name: str, connections: int) -> list[float]:
     """Events per second of each round."""
     return [sample.per_second for sample in samples.of(name, connections)]
+
+
+def _reads(reads: Sequence[ReadSpeed]) -> list[Verdict]:
+    speeds = {speed.question: speed for speed in reads}
+    found = []
+    for question, least in ((ANEW, READS_ANEW_MIN), (KNOWN, READS_KNOWN_MIN)):
+        speed = speeds.get(question)
+        where = f"{question}, {READ_CONNECTIONS} connections, 1 worker"
+        found += [
+            _verdict(
+                f"{where}: answers per second",
+                f"at least {least:,}",
+                spread(speed.per_second) if speed else None,
+                _at_or_over(least),
+                digits=0,
+            ),
+            _verdict(
+                f"{where}: p99 in ms",
+                f"under {READS_P99_MS_MAX:g}",
+                spread(speed.p99_ms) if speed else None,
+                lambda median: median < READS_P99_MS_MAX,
+            ),
+        ]
+    return found
+
+
+def _at_or_over(least: float) -> Callable[[float], bool]:
+    return lambda median: median >= least
 
 
 def _growth(growth: Growth | None) -> Verdict:
@@ -113,8 +159,13 @@ def _at_least(
 
 
 def _verdict(
-    target: str, wanted: str, measured: Spread | None, is_enough: Callable[[float], bool]
+    target: str,
+    wanted: str,
+    measured: Spread | None,
+    is_enough: Callable[[float], bool],
+    *,
+    digits: int = 2,
 ) -> Verdict:
     if measured is None:
         return Verdict(target, wanted, "-", None)
-    return Verdict(target, wanted, measured.text(2), is_enough(measured.median))
+    return Verdict(target, wanted, measured.text(digits), is_enough(measured.median))

@@ -270,6 +270,10 @@ def _keys(table: sa.Table) -> str:
     )
     if indexes:
         lines.append(f"Indexes: {'; '.join(indexes)}.")
+    partition_by = table.dialect_options["postgresql"]["partition_by"]
+    if partition_by is not None:
+        column = partition_by.removeprefix("RANGE (").removesuffix(")")
+        lines.append(f"On PostgreSQL by months of `{column}`.")
     return " ".join(lines) + "\n"
 
 

@@ -68,11 +68,11 @@ MUTANTS = (
     ),
     Mutant(
         name="the claim is made outside of the transaction",
-        path=f"{BILLING}/webhooks.py",
-        before="            won = await store.claim(tx, events, now=self._clock.now())",
+        path=f"{BILLING}/apply.py",
+        before="        claimed = await claim(\n            tx,",
         after=(
-            "            async with self._database.engine.begin() as other:\n"
-            "                won = await store.claim(other, events, now=self._clock.now())"
+            "        async with tx.engine.begin() as other:\n"
+            "            claimed = await claim(\n            other,"
         ),
         tests=("backend/tests/faults/test_injected_faults.py",),
     ),
@@ -138,8 +138,8 @@ MUTANTS = (
     Mutant(
         name="a ledger line has no audit row",
         path=f"{BILLING}/apply.py",
-        before='                self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))',
-        after="                pass",
+        before='                    self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))',
+        after="                    pass",
         tests=REVIEW_TESTS,
     ),
     Mutant(

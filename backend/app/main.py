@@ -214,7 +214,7 @@ async def _started(service: Service) -> AsyncIterator[None]:
     """A service that works in the background, until it is stopped and everything is closed."""
     install_owner_alerts(service.alerts)
     service.relay.start()
-    await service.webhooks.rerun_parked()
+    await service.webhooks.prepare()
     try:
         yield
     finally:

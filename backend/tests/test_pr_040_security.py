@@ -403,11 +403,11 @@ class TestOwnerAlerts:
     async def test_a_delivery_that_fails_alerts_the_owner_and_leaves_nothing_behind(
         self, sqlite_service: Harness, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        async def broken(*_: object, **__: object) -> bool:
+        def broken(*_: object, **__: object) -> None:
             raise RuntimeError("the ledger is broken")
 
         with monkeypatch.context() as patch, capture_logs() as logs:
-            patch.setattr("backend.app.billing.store.add_payments", broken)
+            patch.setattr("backend.app.billing.store.insert_payments", broken)
             assert (await sqlite_service.deliver(REPLAY_EVENT)).status_code == 500
         assert any("evt_replay_test" in entry.get("text", "") for entry in logs)
         assert await sqlite_service.count("payment_events") == 0

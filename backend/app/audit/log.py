@@ -11,6 +11,9 @@ from backend.app.core.bulk import Insert, insert_all
 from backend.app.core.clock import iso
 from backend.app.core.database import Tx
 
+# Made once: `json.dumps` makes one for each call that asks for anything but its defaults.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
 
 async def append(tx: Tx, rows: Sequence[AuditLog]) -> None:
     """Adds rows to the open transaction; they are there if and only if it commits."""
@@ -40,7 +43,7 @@ def insert_rows(rows: Sequence[AuditLog]) -> Insert:
 
 def canonical(row: AuditLog) -> bytes:
     """The one byte form of a row: JSON with sorted keys, no spaces, ASCII only, times as RFC 3339 in UTC."""
-    return json.dumps(
+    return _CANONICAL.encode(
         {
             "id": row.id,
             "user_id": row.user_id,
@@ -50,7 +53,5 @@ def canonical(row: AuditLog) -> bytes:
             "details": dict(row.details),
             "actor": row.actor,
             "created_at": iso(row.created_at),
-        },
-        sort_keys=True,
-        separators=(",", ":"),
+        }
     ).encode("ascii")

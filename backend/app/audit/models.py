@@ -22,12 +22,13 @@ audit_logs = sa.Table(
     sa.Column("details", Json, nullable=False),
     # Who did it: `stripe:<event id>` for an event, `key:<name>` for a person's API key.
     sa.Column("actor", sa.Text, nullable=False),
-    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("created_at", UtcDateTime, primary_key=True),
     # SHA-256 of the row's canonical JSON, so that a changed row can be told from a written one.
     sa.Column("content_sha256", sa.Text, nullable=False),
     sa.Index("ix_audit_logs_user_id", "user_id", "created_at"),
     sa.Index("ix_audit_logs_resource", "resource_type", "resource_id"),
     sa.Index("ix_audit_logs_created_at", "created_at"),
+    postgresql_partition_by="RANGE (created_at)",
 )
 
 

@@ -32,10 +32,20 @@ from backend.app.billing.domain.decide import (
     Waiting,
     decide,
 )
-from backend.app.billing.domain.facts import ACTION_ID_PREFIX, CustomerId, Event, SubjectId, Translation
+from backend.app.billing.domain.facts import (
+    ACTION_ID_PREFIX,
+    CustomerId,
+    Event,
+    EventKey,
+    MoneyKey,
+    PaymentFact,
+    SubjectId,
+    Translation,
+)
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
 from backend.app.billing.reread import reread_message
+from backend.app.billing.store_claims import Claimed, claim, claim_money
 from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock
@@ -80,13 +90,48 @@ class Applier:
         state, _ = await store_state.load_locked(tx, named_parties(event, translation))
         return decide(self._catalog, state, event, translation, now=self._clock.now())[1]
 
-    async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
-        """Decides on events in their order and writes every consequence into the open transaction."""
+    async def apply_new(
+        self, tx: Tx, assertions: Sequence[Assertion], effects: Effects
+    ) -> list[Decision | None]:
+        """Claims events and applies those that nobody claimed before; None for each of the others.
+
+        Of an event that is given twice the first is the first.
+        """
         now = self._clock.now()
-        named = [
-            named_parties(each.event, each.asserts) if isinstance(each.asserts, Translation) else None
-            for each in assertions
-        ]
+        named = _named(assertions)
+        claimed = await claim(
+            tx,
+            {each.event.key for each in assertions},
+            _money(assertions),
+            store_state.Parties.together(parties for parties in named if parties is not None),
+            now=now,
+        )
+        new = set(claimed.events)
+        places: list[int] = []
+        for place, each in enumerate(assertions):
+            if each.event.key in new:
+                new.discard(each.event.key)
+                places.append(place)
+        mine = [assertions[place] for place in places]
+        decided = await self._apply(tx, mine, [named[place] for place in places], effects, now, claimed)
+        decisions: list[Decision | None] = [None] * len(assertions)
+        for place, decision in zip(places, decided, strict=True):
+            decisions[place] = decision
+        return decisions
+
+    async def apply(self, tx: Tx, assertions: Sequence[Assertion], effects: Effects) -> list[Decision]:
+        """Decides on events, claimed before, in their order and writes every consequence into the open transaction."""
+        return await self._apply(tx, assertions, _named(assertions), effects, self._clock.now(), None)
+
+    async def _apply(
+        self,
+        tx: Tx,
+        assertions: Sequence[Assertion],
+        named: Sequence[store_state.Parties | None],
+        effects: Effects,
+        now: datetime,
+        claimed: Claimed | None,
+    ) -> list[Decision]:
         known = [parties for parties in named if parties is not None]
         # What can't be decided on is looked at no further, but a deleted customer's data is in it all the same.
         deleted = await deleted_customers(
@@ -97,10 +142,13 @@ class Applier:
                 if isinstance(each.asserts, Decision) and each.asserts.customer is not None
             },
         )
-        writes = _Writes(tx, effects, now)
+        money = claimed.money if claimed else await claim_money(tx, _money(assertions), now=now)
+        writes = _Writes(tx, effects, now, money)
         decisions: list[Decision] = []
         if known:
-            state, waiting = await store_state.load_locked(tx, store_state.Parties.together(known))
+            state, waiting = await store_state.load_locked(
+                tx, store_state.Parties.together(known), claimed.parties if claimed else None
+            )
             numbers, states = components(state, [party_names(one) for one in known])
             places = iter(numbers)
         for each in assertions:
@@ -117,7 +165,9 @@ class Applier:
                 writes.add(each.event, decision)
                 if _concerns(decision, waiting):
                     await writes.attribute(each.event, decision)
-                waiting |= _waits(each.event, decision)
+                names = _waits(each.event, decision)
+                waiting |= names
+                writes.waiting |= names
             if self._rereads and not each.event.id.startswith("read_"):
                 writes.messages += [
                     reread_message(wanted, cause_event_id=each.event.id) for wanted in decision.rereads
@@ -136,14 +186,17 @@ class Applier:
 class _Writes:
     """Rows that gather until they are written together, each kind with one statement."""
 
-    def __init__(self, tx: Tx, effects: Effects, now: datetime) -> None:
+    def __init__(self, tx: Tx, effects: Effects, now: datetime, money: set[MoneyKey]) -> None:
         self._tx = tx
+        # What is claimed and has no line yet.
+        self._money = money
         self._effects = effects
         self._now = now
         self._decided: list[tuple[Event, Decision]] = []
         self._audit: list[AuditLog] = []
         self.events: list[store.StoredEvent] = []
         self.messages: list[NewMessage] = []
+        self.waiting: set[SubjectId] = set()
 
     def add(self, event: Event, decision: Decision) -> None:
         """Keeps a decision, to be written with those that follow."""
@@ -154,6 +207,9 @@ class _Writes:
         # Those that others stage as well are waited for without a lock: all at once in one order, or two
         # batches could wait for each other.
         await self._flush(self.messages)
+        if self._money:
+            # It would be lost: nobody else could write a line for it any more.
+            raise RuntimeError("money was claimed, and no decision tells of it")
         self._effects.messages = self._effects.messages or bool(self.messages)
 
     async def _flush(self, messages: Sequence[NewMessage] = ()) -> None:
@@ -164,15 +220,15 @@ class _Writes:
         for change, event in changes:
             self._add_audit(_entitlement_audit(change, event, self._actor(event), now))
             self._effects.changes.append((change.after.plan_code, change.kind.value))
-        lines = [
-            (_ledger_line(payment, event, now), event)
-            for event, decision in decided
-            for payment in decision.payments
-        ]
-        new = await store.add_payments(self._tx, [line for line, _ in lines])
-        for line, event in lines:
-            if line.id in new:
-                self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
+        lines: list[PaymentEvent] = []
+        for event, decision in decided:
+            for payment in decision.payments:
+                key = _money_key(event, payment.fact)
+                if key in self._money:
+                    self._money.discard(key)
+                    line = _ledger_line(payment, event, now)
+                    lines.append(line)
+                    self._add_audit(_payment_audit("payment.event", line, self._actor(event), now))
         await insert_all(
             self._tx,
             [
@@ -181,12 +237,14 @@ class _Writes:
                 store.insert_facts([fact for _, decision in decided for fact in decision.facts]),
                 store.insert_sources(list(sources.items()), now=now),
                 *store.insert_entitlements(changes, now=now),
+                store.insert_payments(lines),
+                store.insert_waiting(self.waiting),
                 store.insert_events(self.events),
                 audit_log.insert_rows(self._audit),
                 insert_messages(messages, now=now),
             ],
         )
-        self._decided, self.events, self._audit = [], [], []
+        self._decided, self.events, self._audit, self.waiting = [], [], [], set()
 
     async def attribute(self, event: Event, decision: Decision) -> None:
         """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
@@ -219,6 +277,9 @@ class _Writes:
                     created_at=self._now,
                 )
             )
+        await store.forget_waiting(
+            self._tx, {name for each in _waited_for(decision) for name in _targets(each)}
+        )
 
     def _actor(self, event: Event) -> str:
         return self._effects.actor or f"stripe:{event.id}"
@@ -247,6 +308,28 @@ def named_parties(event: Event, translation: Translation) -> store_state.Parties
     )
 
 
+def _named(assertions: Iterable[Assertion]) -> list[store_state.Parties | None]:
+    """Whom each assertion names; None where there is nothing to decide."""
+    return [
+        named_parties(each.event, each.asserts) if isinstance(each.asserts, Translation) else None
+        for each in assertions
+    ]
+
+
+def _money(assertions: Iterable[Assertion]) -> dict[MoneyKey, list[EventKey]]:
+    """The money that assertions tell of, each with the events that do."""
+    found: dict[MoneyKey, list[EventKey]] = {}
+    for each in assertions:
+        if isinstance(each.asserts, Translation):
+            for fact in each.asserts.payments:
+                found.setdefault(_money_key(each.event, fact), []).append(each.event.key)
+    return found
+
+
+def _money_key(event: Event, fact: PaymentFact) -> MoneyKey:
+    return event.account, event.livemode, fact.effect_key
+
+
 def party_names(parties: store_state.Parties) -> list[Hashable]:
     """The names by which events are seen to concern each other."""
     return [*parties.subjects, *map(customer_name, parties.customers), *parties.users]
@@ -254,8 +337,11 @@ def party_names(parties: store_state.Parties) -> list[Hashable]:
 
 def _concerns(decision: Decision, waiting: set[SubjectId]) -> bool:
     """Whether something that waits may wait for this decision."""
-    targets: list[Attribution | Waiting] = [*decision.attributions, *decision.waiting]
-    return bool(waiting) and any(name in waiting for each in targets for name in _targets(each))
+    return bool(waiting) and any(name in waiting for each in _waited_for(decision) for name in _targets(each))
+
+
+def _waited_for(decision: Decision) -> list[Attribution | Waiting]:
+    return [*decision.attributions, *decision.waiting]
 
 
 def _targets(each: Attribution | Waiting) -> Iterable[SubjectId]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from backend.app.billing import store, store_admin, store_state
+from backend.app.billing import store_admin, store_state
 from backend.app.billing.apply import Effects
 from backend.app.billing.domain.decide import Decision, EntitlementChange
 from backend.app.billing.domain.facts import (
@@ -31,6 +31,7 @@ from backend.app.billing.domain.facts import (
 )
 from backend.app.billing.domain.state import State
 from backend.app.billing.grants import action_event, record
+from backend.app.billing.store_claims import claim_events
 from backend.app.billing.webhooks import BillingWebhooks
 from backend.app.core.clock import Clock, from_unix, to_unix
 from backend.app.core.database import Database, Tx
@@ -187,7 +188,7 @@ class Claims:
         now = self._clock.now()
         account = (wanted.source or wanted.customer or ("",))[0]
         event = action_event("claim.made", action_id, livemode=self._livemode, at=now, account=account)
-        (is_first,) = await store.claim(tx, [event], now=now)
+        is_first = bool(await claim_events(tx, [event.key], now=now))
         if not is_first:
             # An earlier attempt of the same action has done it; since then it may have been moved.
             state = await _locked(tx, wanted.source, wanted.customer, wanted.user_id)

@@ -204,7 +204,7 @@ async def _load_evidence(tx: Tx, user_id: str, view: View) -> Evidence:
     )
     payments = tuple(PaymentEvent(**row) for row in found.mappings())
     rows = audit_logs.c
-    written = await tx.execute(
+    concerned = (
         sa.select(*(column for column in audit_logs.c if column.name in AuditLog.__dataclass_fields__))
         .where(
             sa.or_(
@@ -221,9 +221,12 @@ async def _load_evidence(tx: Tx, user_id: str, view: View) -> Evidence:
                 ),
             )
         )
-        .order_by(rows.created_at.desc(), rows.id.desc())
-        .limit(EVIDENCE_ROWS_MAX)
+        # Found first and sorted then: in a month that has hardly begun it would else look through all, the newest first.
+        .offset(0)
+        .subquery()
     )
+    newest = sa.select(concerned).order_by(concerned.c.created_at.desc(), concerned.c.id.desc())
+    written = await tx.execute(newest.limit(EVIDENCE_ROWS_MAX))
     return Evidence(payments=payments, audit=tuple(AuditLog(**row) for row in written.mappings()))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from backend.app.audit import log as audit_log
 from backend.app.audit.models import AuditLog
-from backend.app.billing import store, store_admin, store_state
+from backend.app.billing import store_admin, store_state
 from backend.app.billing.apply import Effects
 from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.facts import (
@@ -26,6 +26,7 @@ from backend.app.billing.domain.facts import (
     SubjectId,
     Translation,
 )
+from backend.app.billing.store_claims import claim_events
 from backend.app.billing.webhooks import BillingWebhooks
 from backend.app.core.clock import Clock, iso
 from backend.app.core.database import Database, Tx, database_now
@@ -110,7 +111,7 @@ class Grants:
         event = action_event("grant.created", action_id, livemode=self._livemode, at=now)
         subject = self._subject(action_id)
         async with self._database.transaction() as tx:
-            (is_first,) = await store.claim(tx, [event], now=now)
+            is_first = bool(await claim_events(tx, [event.key], now=now))
             if is_first:
                 fact = GrantFact(
                     event_id=event.id,

@@ -16,6 +16,7 @@ from backend.app.billing.domain.merge import Entitlement
 from backend.app.billing.grants import action_event, record
 from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.billing.store_admin import EventKey, KeptEvent
+from backend.app.billing.store_claims import claim_events
 from backend.app.billing.webhooks import BillingWebhooks, stored_event
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock, iso
@@ -141,7 +142,7 @@ class StoredEvents:
     async def _apply(self, tx: Tx, key: EventKey, effects: Effects) -> Reprocessed:
         event = _read(await store_admin.load_kept_event(tx, key))
         # Waits for a delivery of a failed event that is under way; what it did is then seen below.
-        (is_first,) = await store.claim(tx, [event.envelope], now=self._clock.now())
+        is_first = bool(await claim_events(tx, [event.envelope.key], now=self._clock.now()))
         kept = await store_admin.load_kept_event(tx, key)
         decision = await self._webhooks.process(tx, event, effects)
         if is_first:

@@ -359,6 +359,7 @@ class _Run:
         replay = Replay(self.catalog)
         for happening in loaded.happenings(nodes):
             replay.add(happening)
+        replay.note_waiting()
         entitlements = loaded.rows_of(rows.ENTITLEMENTS, nodes)
         users = (
             user_correction(
@@ -388,8 +389,14 @@ class _Run:
         """Writes the corrections with an audit row for each; the audit rows."""
         corrections = [correction for each in compared for correction in each.rows]
         for derived in rows.REPLAYED:
-            changes = [(each.key, each.row) for each in corrections if each.derived is derived]
-            await rows.write_rows(tx, derived, changes, now=now)
+            mine = [each for each in corrections if each.derived is derived]
+            await rows.write_rows(
+                tx,
+                derived,
+                [(each.key, each.row) for each in mine],
+                new={each.key for each in mine if each.current is None},
+                now=now,
+            )
         users = [user for each in compared for user in each.users]
         for user in users:
             await self._write_user(tx, user, now)
@@ -467,7 +474,10 @@ def _listings() -> list[_Listing]:
             nodes=lambda row: [rows.node_of(derived, row)],
         )
 
-    derived_tables = [each for each in rows.REPLAYED if each not in (rows.EVENTS, rows.CLAIMS)]
+    # What may have more has nothing in it that nothing else tells of.
+    derived_tables = [
+        each for each in rows.REPLAYED if each not in (rows.EVENTS, rows.CLAIMS) and not each.may_have_more
+    ]
     return [
         *(names_of(derived) for derived in (*derived_tables, rows.ENTITLEMENTS)),
         _Listing(

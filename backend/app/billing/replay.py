@@ -166,6 +166,19 @@ class Replay:
         if happening.is_stored_event:
             self._save_event(happening.event, decision)
 
+    def note_waiting(self) -> None:
+        """Keeps, after the last happening, under which names something waits still."""
+        names = self._table(rows.WAITING)
+        for (account, livemode, _), row in self._table(rows.EVENTS).items():
+            # What can't be read waits for a newer Tollkeeper, and nobody else can help it.
+            if row["status"] == Status.PARKED.value and not row["reason"].startswith("unreadable:"):
+                names |= _names(account, livemode, row["subject_key"], row["customer_id"])
+        for (account, livemode, _), line in self._table(rows.PAYMENTS).items():
+            if line["user_id"] is None:
+                names |= _names(account, livemode, line["subject_key"], line["customer_id"])
+            elif line["plan_code"] is None:
+                names |= _names(account, livemode, line["subject_key"], None)
+
     def _save_rows(self, decision: Decision) -> None:
         for customer, tie in decision.ties:
             if tie.via in rows.OWN_TIES:
@@ -197,6 +210,7 @@ class Replay:
             key = (event.account, event.livemode, fact.effect_key)
             if key in lines:
                 continue
+            self._table(rows.PAYMENT_CLAIMS)[key] = {}
             line = lines[key] = {
                 "stripe_event_id": event.id,
                 "user_id": payment.user_id,
@@ -280,6 +294,11 @@ class Replay:
 
     def _table(self, derived: DerivedTable) -> dict[Key, Row]:
         return self.tables[derived.table.name]
+
+
+def _names(account: str, livemode: bool, subject_key: str | None, customer_id: str | None) -> dict[Key, Row]:
+    names = (subject_key, None if customer_id is None else f"cus:{customer_id}")
+    return {(account, livemode, name): {} for name in names if name is not None}
 
 
 def _word(row: Row, event_id: str, event_type: str, at: datetime) -> Event:

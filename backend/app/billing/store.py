@@ -24,25 +24,26 @@ from backend.app.billing.models import (
     payment_events,
     sources,
     user_entitlements,
-    webhook_claims,
+    waiting_names,
     webhook_events,
 )
 from backend.app.billing.store_state import FACT
-from backend.app.core.bulk import Insert, insert_new
+from backend.app.core.bulk import Insert
 from backend.app.core.database import Tx, insert
 from backend.app.core.ids import new_id
 
 FAILED = "failed"
+_PAYMENT_COLUMNS = tuple(field.name for field in fields(PaymentEvent))
 # In the statement's text, not a parameter: only so can a prepared plan use the indexes of what is parked.
 PARKED: sa.ColumnElement[str] = sa.literal_column(f"'{Status.PARKED.value}'")
 
 _EVENT_COLUMNS = [
     name
     for name in webhook_events.c.keys()  # noqa: SIM118  # not a dict
-    if name not in ("account", "livemode", "event_id", "attempts")
+    if name not in ("account", "livemode", "event_id", "occurred_at", "attempts")
 ]
 _EVENT_AGAIN = (
-    "ON CONFLICT (account, livemode, event_id) DO UPDATE SET attempts = webhook_events.attempts + 1, "
+    "ON CONFLICT (account, livemode, event_id, occurred_at) DO UPDATE SET attempts = webhook_events.attempts + 1, "
     + ", ".join(f"{name} = excluded.{name}" for name in _EVENT_COLUMNS)
 )
 
@@ -63,28 +64,6 @@ class StoredEvent:
     customer_id: str | None
     subject_key: str | None
     answer: str
-
-
-async def claim(tx: Tx, events: Sequence[Event], *, now: datetime) -> list[bool]:
-    """For each event, whether this transaction is the first to process it.
-
-    Waits while another transaction holds a claim: if that one commits the answer is False, if it rolls
-    back it is True. Of an event that is named twice the first is the first.
-    """
-    new = await insert_new(
-        tx,
-        webhook_claims,
-        [
-            {"account": event.account, "livemode": event.livemode, "event_id": event.id, "claimed_at": now}
-            for event in events
-        ],
-        key=("account", "livemode", "event_id"),
-    )
-    won: list[bool] = []
-    for event in events:
-        won.append(event.key in new)
-        new.discard(event.key)
-    return won
 
 
 async def stored_answers(tx: Tx, events: Sequence[Event]) -> dict[EventKey, str]:
@@ -237,21 +216,53 @@ def insert_entitlements(changes: Sequence[tuple[EntitlementChange, Event]], *, n
     return [present, history]
 
 
-async def add_payments(tx: Tx, payments: Sequence[PaymentEvent]) -> set[str]:
-    """Adds ledger lines, of the same money only the first; the ids of those that were added."""
-    added: set[str] = set()
-    new = await insert_new(
-        tx,
+def insert_payments(payments: Sequence[PaymentEvent]) -> Insert:
+    """Adds ledger lines whose money was claimed."""
+    return Insert(
         payment_events,
-        [{field.name: getattr(payment, field.name) for field in fields(payment)} for payment in payments],
-        key=("account", "livemode", "effect_key"),
+        [{name: getattr(payment, name) for name in _PAYMENT_COLUMNS} for payment in payments],
     )
-    for payment in payments:
-        key = (payment.account, payment.livemode, payment.effect_key)
-        if key in new:
-            new.discard(key)
-            added.add(payment.id)
-    return added
+
+
+def insert_waiting(names: Collection[SubjectId]) -> Insert:
+    """Keeps under which names something waits from now on."""
+    return Insert(
+        waiting_names,
+        [
+            {"account": account, "livemode": livemode, "name": name}
+            for account, livemode, name in sorted(names)
+        ],
+        "ON CONFLICT DO NOTHING",
+    )
+
+
+async def forget_waiting(tx: Tx, names: Collection[SubjectId]) -> None:
+    """Lets go of those of the names under which nothing waits any more."""
+    waiting = waiting_names.c
+    events, lines = webhook_events.c, payment_events.c
+    customer = sa.func.substr(waiting.name, len("cus:") + 1)
+    still_waits = [
+        sa.and_(events.status == PARKED, events.subject_key == waiting.name),
+        sa.and_(events.status == PARKED, waiting.name.like("cus:%"), events.customer_id == customer),
+        sa.and_(lines.user_id.is_(None), lines.subject_key == waiting.name),
+        sa.and_(lines.plan_code.is_(None), lines.subject_key == waiting.name),
+        sa.and_(lines.user_id.is_(None), waiting.name.like("cus:%"), lines.customer_id == customer),
+    ]
+    await tx.execute(
+        waiting_names.delete().where(
+            named_in(waiting_names, "name", names),
+            *(
+                ~sa.exists()
+                .where(condition, table.c.account == waiting.account, table.c.livemode == waiting.livemode)
+                .correlate(waiting_names)
+                for table, condition in zip(
+                    (webhook_events, webhook_events, payment_events, payment_events, payment_events),
+                    still_waits,
+                    strict=True,
+                )
+            ),
+        )
+    )
 
 
 async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEvent]:
@@ -350,9 +361,27 @@ def insert_events(events: Sequence[StoredEvent]) -> Insert:
             for place, stored in enumerate(events, start=1)
         ],
         _EVENT_AGAIN,
-        # Under the parties' locks, so it sees every earlier decision about them.
-        computed=(("position", "(SELECT coalesce(max(position), 0) FROM webhook_events) + {}"),),
+        # Under the parties' locks, so after every earlier decision about them.
+        computed=(
+            (
+                "position",
+                "nextval('webhook_event_positions')",
+                "(SELECT coalesce(max(position), 0) FROM webhook_events) + {}",
+            ),
+        ),
     )
+
+
+async def advance_positions(tx: Tx) -> None:
+    """Lets positions go on after the greatest one: a copy of a database that was not made by dump may have begun anew."""
+    if tx.dialect.name == "postgresql":
+        await tx.execute(
+            sa.text(
+                """SELECT setval('webhook_event_positions', newest)
+                FROM (SELECT max(position) AS newest FROM webhook_events) known, webhook_event_positions
+                WHERE newest >= last_value"""
+            )
+        )
 
 
 async def save_failed_attempt(
@@ -376,10 +405,20 @@ async def save_failed_attempt(
             request_id=request_id,
         )
         .on_conflict_do_update(
-            index_elements=["account", "livemode", "event_id"],
+            index_elements=["account", "livemode", "event_id", "occurred_at"],
             set_={"attempts": webhook_events.c.attempts + 1, "reason": reason, "request_id": request_id},
             where=webhook_events.c.status == FAILED,
         )
+    )
+
+
+async def date_failed(tx: Tx, event: Event) -> None:
+    """Gives the failed attempts of an event the time that this delivery of it tells, so that it keeps one row."""
+    columns = webhook_events.c
+    await tx.execute(
+        webhook_events.update()
+        .where(_is_event(event), columns.status == FAILED)
+        .values(occurred_at=event.occurred_at)
     )
 
 

@@ -18,9 +18,11 @@ from backend.app.billing.models import (
     entitlement_history,
     facts,
     links,
+    payment_claims,
     payment_events,
     sources,
     user_entitlements,
+    waiting_names,
     webhook_claims,
     webhook_events,
 )
@@ -51,11 +53,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DerivedTable:
-    """A table that follows from the events: `key` names a row, `columns` are compared beside it."""
+    """A table that follows from the events: `key` names a row, `columns` are compared beside it.
+
+    With `may_have_more` a row that does not follow is no difference.
+    """
 
     table: sa.Table
     key: tuple[str, ...]
     columns: tuple[str, ...]
+    may_have_more: bool = False
 
     def key_of(self, row: Mapping[str, Any]) -> Key:
         """A row's key."""
@@ -74,6 +80,8 @@ TIES = DerivedTable(
     columns=("occurred_at", "event_id"),
 )
 SOURCES = DerivedTable(table=sources, key=(*_SCOPE, "source_key"), columns=("customer_id", "user_id"))
+PAYMENT_CLAIMS = DerivedTable(table=payment_claims, key=(*_SCOPE, "effect_key"), columns=())
+WAITING = DerivedTable(table=waiting_names, key=(*_SCOPE, "name"), columns=(), may_have_more=True)
 PAYMENTS = DerivedTable(
     table=payment_events,
     key=(*_SCOPE, "effect_key"),
@@ -123,7 +131,9 @@ ENTITLEMENTS = DerivedTable(
     ),
 )
 # In the order in which they are reported and corrected; entitlements follow from all of these.
-REPLAYED = (EVENTS, CLAIMS, FACTS, LINKS, TIES, SOURCES, PAYMENTS)
+REPLAYED = (EVENTS, CLAIMS, FACTS, LINKS, TIES, SOURCES, PAYMENTS, PAYMENT_CLAIMS, WAITING)
+# Tables whose key is no constraint: on PostgreSQL one would have to contain the month.
+_WITHOUT_CONSTRAINT = (EVENTS, PAYMENTS)
 
 
 # Which node a stored row belongs to, and by which column its rows are found.
@@ -135,6 +145,8 @@ NODE_OF_TABLE: Mapping[str, tuple[NodeKind, str]] = {
     TIES.table.name: (NodeKind.CUSTOMER, "customer_id"),
     SOURCES.table.name: (NodeKind.SUBJECT, "source_key"),
     PAYMENTS.table.name: (NodeKind.MONEY, "effect_key"),
+    PAYMENT_CLAIMS.table.name: (NodeKind.MONEY, "effect_key"),
+    WAITING.table.name: (NodeKind.SUBJECT, "name"),
     ENTITLEMENTS.table.name: (NodeKind.USER, "user_id"),
 }
 
@@ -383,19 +395,26 @@ async def count_users(tx: Tx) -> int:
 
 
 async def write_rows(
-    tx: Tx, derived: DerivedTable, changes: Sequence[tuple[Key, Mapping[str, Any] | None]], *, now: datetime
+    tx: Tx,
+    derived: DerivedTable,
+    changes: Sequence[tuple[Key, Mapping[str, Any] | None]],
+    *,
+    new: Collection[Key] = (),
+    now: datetime,
 ) -> None:
-    """Makes rows what they should be; None deletes one. The bytes that came are never touched."""
+    """Makes rows what they should be, of which some are `new`; None deletes one. The bytes that came are never touched."""
     table = derived.table
     is_row = sa.and_(*(table.c[name] == sa.bindparam(f"key_{name}") for name in derived.key))
     gone = [_bound(derived, key) for key, row in changes if row is None]
     if gone:
         await tx.execute(table.delete().where(is_row), gone)
     kept = [(key, {name: row[name] for name in derived.columns}) for key, row in changes if row is not None]
+    if derived in _WITHOUT_CONSTRAINT:
+        known = [{**_bound(derived, key), **row} for key, row in kept if key not in new]
+        if known:
+            await tx.execute(table.update().where(is_row), known)
+        kept = [(key, row) for key, row in kept if key in new]
     if not kept:
-        return
-    if derived is EVENTS:
-        await tx.execute(table.update().where(is_row), [{**_bound(derived, key), **row} for key, row in kept])
         return
     # What a new row has beside what follows from events.
     made: Row = {
@@ -404,7 +423,7 @@ async def write_rows(
         if name in table.c and name not in derived.columns
     }
     statement = insert(table, tx)
-    if derived.columns:
+    if derived.columns and derived not in _WITHOUT_CONSTRAINT:
         statement = statement.on_conflict_do_update(
             index_elements=list(derived.key),
             set_={name: statement.excluded[name] for name in derived.columns},

@@ -1,10 +1,10 @@
-"""What decisions look at, read and locked for any number of events at once: four statements, however many."""
+"""What decisions look at, read and locked for any number of events at once: three statements, however many."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from backend.app.billing.domain.facts import CustomerId, Fact, SubjectId, Tie, V
 from backend.app.billing.domain.merge import Entitlement
 from backend.app.billing.domain.state import Owned, State
 from backend.app.billing.store_state_sql import statement
-from backend.app.core.database import Tx, fetch, instant_parameter, known_instant
+from backend.app.core.database import Tx, fetch, instant_parameter, known_instant, run
 from backend.app.core.errors import StoreUnavailable
 
 # Whom an event concerns grows only while others commit at the same moment; each round waits for them.
@@ -52,30 +52,31 @@ class Parties:
         )
 
 
-async def load_locked(tx: Tx, named: Parties) -> tuple[State, set[SubjectId]]:
+async def load_locked(tx: Tx, named: Parties, parties: Parties | None = None) -> tuple[State, set[SubjectId]]:
     """The state of all that the named parties concern, held until the transaction ends, so that decisions do not interleave.
 
     Beside it those of its subjects, customers as subjects, for which an event is parked or a ledger line
     lacks its user or plan.
 
     Locks are taken all at once in the order of their numbers, so two transactions can't wait for each
-    other. Whom an event concerns is only known by reading, so what is read under the locks is compared
-    with what was locked; where more turned up meanwhile, the locks are given back and taken anew. On
-    SQLite the one writer is lock enough.
+    other. Whom an event concerns (`parties`, where that is known) is only told by reading, so what is read
+    under the locks is compared with what was locked; where more turned up meanwhile, the locks are given
+    back and taken anew. On SQLite the one writer is lock enough.
 
     Raises:
         StoreUnavailable: the parties kept growing; the delivery will come again.
     """
-    parties = await load_parties(tx, named)
+    if parties is None:
+        parties = await load_parties(tx, named)
     if tx.dialect.name != "postgresql":
         return await _load(tx, parties)
     for _ in range(LOCK_ROUNDS_MAX):
-        await fetch(tx, _SAVEPOINT)
-        await lock_names(tx, parties.names)
+        # One round trip for both; the numbers stand in the text, because a message of several statements has no parameters.
+        await run(tx, f"{_SAVEPOINT}; {_LOCK.format(','.join(map(str, _lock_numbers(parties.names))))}")
         state, waiting = await _load(tx, parties)
         if _reached(state, named).names <= parties.names:
             return state, waiting
-        await fetch(tx, _ROLLBACK)
+        await run(tx, _ROLLBACK)
         parties = await load_parties(tx, named)
     raise StoreUnavailable
 
@@ -100,16 +101,19 @@ def _reached(state: State, named: Parties) -> Parties:
 
 _SAVEPOINT = "SAVEPOINT before_locks"
 _ROLLBACK = "ROLLBACK TO SAVEPOINT before_locks"
-_LOCK = "SELECT count(pg_advisory_xact_lock(number)) FROM unnest($1::bigint[]) number"
+_LOCK = "SELECT count(pg_advisory_xact_lock(number)) FROM unnest('{{{}}}'::bigint[]) number"
 
 
 async def lock_names(tx: Tx, names: Collection[str]) -> None:
     """Holds names until the transaction ends, in the order of their numbers; on SQLite the one writer is lock enough."""
     if tx.dialect.name != "postgresql":
         return
-    numbers = sorted({_lock_number(name) for name in names})
-    if numbers:
-        await fetch(tx, _LOCK, (numbers,))
+    if names:
+        await run(tx, _LOCK.format(",".join(map(str, _lock_numbers(names)))))
+
+
+def _lock_numbers(names: Iterable[str]) -> list[int]:
+    return sorted({_lock_number(name) for name in names})
 
 
 def _lock_number(name: str) -> int:
@@ -118,10 +122,16 @@ def _lock_number(name: str) -> int:
 
 async def load_parties(tx: Tx, named: Parties) -> Parties:
     """The named subjects with all that they bear on, the customers behind them, and the users of both."""
+    rows = await fetch(
+        tx, statement(tx.dialect.name, "parties"), (keys_json(named.subjects), keys_json(named.customers))
+    )
+    return found_parties(named, rows)
+
+
+def found_parties(named: Parties, rows: Iterable[Sequence[Any]]) -> Parties:
+    """The named with those that rows (kind, account, livemode, name) tell of."""
     subjects, customers, users = set(named.subjects), set(named.customers), set(named.users)
-    for kind, account, livemode, name in await fetch(
-        tx, statement(tx.dialect.name, "parties"), (_keys(subjects), _keys(customers))
-    ):
+    for kind, account, livemode, name in rows:
         if kind == "subject":
             subjects.add(SubjectId(account, bool(livemode), name))
         elif kind == "customer":
@@ -155,13 +165,17 @@ async def load_state_of_users(tx: Tx, users: Collection[str], *, until: datetime
 async def load_ties(tx: Tx, customers: Collection[CustomerId]) -> dict[CustomerId, frozenset[Tie]]:
     """All claims on some customers."""
     found = _Found()
-    for row in await fetch(tx, statement(tx.dialect.name, "ties"), (_keys(customers),)):
+    for row in await fetch(tx, statement(tx.dialect.name, "ties"), (keys_json(customers),)):
         found.add(*row)
     return found.ties
 
 
 async def _load(tx: Tx, parties: Parties) -> tuple[State, set[SubjectId]]:
-    parameters = (_keys(parties.subjects), _keys(parties.customers), json.dumps(sorted(parties.users)))
+    parameters = (
+        keys_json(parties.subjects),
+        keys_json(parties.customers),
+        json.dumps(sorted(parties.users)),
+    )
     found = _Found()
     for row in await fetch(tx, statement(tx.dialect.name, "state"), parameters):
         found.add(*row)
@@ -234,5 +248,6 @@ def _entitlement(user_id: str, told: list[Any]) -> Entitlement:
     )
 
 
-def _keys(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
+def keys_json(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
+    """Names as a statement's parameter."""
     return json.dumps(sorted(names))

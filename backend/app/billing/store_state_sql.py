@@ -14,12 +14,27 @@ import re
 FACTS_PER_SUBJECT_MAX = 64
 
 # In what follows `{keys:1}` stands for the first parameter, which is JSON, as rows (account, livemode, key);
-# `{texts:1}` for one as rows (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each
+# `{money:1}` for one whose rows also tell `of` which event it is, and their `place`; `{texts:1}` for one as rows (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each
 # row up by itself, `{some:condition}` the facts that it selects for each row; `{row}` makes a JSON array.
+
+# Claims events (3), and the money (4) of those that were not claimed before, at an instant (5). In the order in which
+# they are given; a claim that another transaction is just making is waited for.
+_CLAIMED = """claimed AS (
+        INSERT INTO webhook_claims (account, livemode, event_id, claimed_at)
+        SELECT account, livemode, key, {5} FROM {keys:3} named
+        ON CONFLICT DO NOTHING RETURNING account, livemode, event_id
+    ), paid AS (
+        INSERT INTO payment_claims (account, livemode, effect_key, claimed_at)
+        SELECT named.account, named.livemode, named.key, {5} FROM {money:4} named
+        JOIN claimed ON claimed.account = named.account AND claimed.livemode = named.livemode
+            AND claimed.event_id = named.of
+        ORDER BY named.place
+        ON CONFLICT DO NOTHING RETURNING account, livemode, effect_key
+    ), """
 
 # Whom subjects (1) and customers (2) concern: rows (kind, account, livemode, name).
 _PARTIES = """
-    WITH RECURSIVE reached(account, livemode, key) AS (
+    WITH RECURSIVE {claimed}reached(account, livemode, key) AS (
         SELECT account, livemode, key FROM {keys:1} named
         UNION
         SELECT links.account, links.livemode, links.parent
@@ -48,8 +63,11 @@ _PARTIES = """
     UNION ALL SELECT 'user', account, livemode, user_id FROM owned WHERE user_id IS NOT NULL
     UNION ALL SELECT 'user', customer_ties.account, customer_ties.livemode, customer_ties.user_id
         FROM concerned {find:customer_ties:customer_ties.account = concerned.account
-            AND customer_ties.livemode = concerned.livemode AND customer_ties.customer_id = concerned.key}
-    """
+            AND customer_ties.livemode = concerned.livemode AND customer_ties.customer_id = concerned.key}"""
+
+_CLAIMS = """
+    UNION ALL SELECT 'event', account, livemode, event_id FROM claimed
+    UNION ALL SELECT 'money', account, livemode, effect_key FROM paid"""
 
 # All that bears on the sources of some subjects (1), customers (2) and users (3).
 _REACHED = """
@@ -123,28 +141,13 @@ _ENTITLEMENTS = """
 # For which of the names something waits.
 _WAITING = """
     SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
-        FROM reached {find:webhook_events:webhook_events.subject_key = reached.key
-            AND webhook_events.status = 'parked'}
-        WHERE webhook_events.account = reached.account AND webhook_events.livemode = reached.livemode
-    UNION ALL SELECT 'waiting', named.account, named.livemode, 'cus:' || named.key, '', NULL
-        FROM {keys:2} named {find:webhook_events:webhook_events.customer_id = named.key
-            AND webhook_events.status = 'parked'}
-        WHERE webhook_events.account = named.account AND webhook_events.livemode = named.livemode
-    UNION ALL SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
-        FROM reached {find:payment_events:payment_events.subject_key = reached.key
-            AND payment_events.user_id IS NULL}
-        WHERE payment_events.account = reached.account AND payment_events.livemode = reached.livemode
-    UNION ALL SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
-        FROM reached {find:payment_events:payment_events.subject_key = reached.key
-            AND payment_events.plan_code IS NULL}
-        WHERE payment_events.account = reached.account AND payment_events.livemode = reached.livemode
-    UNION ALL SELECT 'waiting', named.account, named.livemode, 'cus:' || named.key, '', NULL
-        FROM {keys:2} named {find:payment_events:payment_events.customer_id = named.key
-            AND payment_events.user_id IS NULL}
-        WHERE payment_events.account = named.account AND payment_events.livemode = named.livemode"""
+        FROM reached {find:waiting_names:waiting_names.account = reached.account
+            AND waiting_names.livemode = reached.livemode AND waiting_names.name = reached.key}"""
 
 _SQL = {
-    "parties": _PARTIES,
+    "parties": _PARTIES.replace("{claimed}", ""),
+    # On PostgreSQL only: SQLite writes nothing in the middle of a question.
+    "claims": _PARTIES.replace("{claimed}", _CLAIMED) + _CLAIMS,
     "users": _REACHED + _FACTS,
     "users_until": (_REACHED + _FACTS).replace("{until}", " AND as_of <= {4}"),
     "ties": "WITH customers AS (SELECT * FROM {keys:1} named)" + _TIES,  # noqa: S608  # our own words
@@ -155,6 +158,8 @@ _WORDS = {
     "postgresql": {
         "keys": "(SELECT e->>0 AS account, (e->>1)::boolean AS livemode, e->>2 AS key"
         " FROM jsonb_array_elements($@::text::jsonb) e)",
+        "money": "(SELECT e->>0 AS account, (e->>1)::boolean AS livemode, e->>2 AS key, e->>3 AS of, place"
+        " FROM jsonb_array_elements($@::text::jsonb) WITH ORDINALITY elements(e, place))",
         "texts": "(SELECT e AS text FROM jsonb_array_elements_text($@::text::jsonb) e)",
         "value": "$@",
         "row": "json_build_array",
@@ -177,14 +182,14 @@ _WORDS = {
 }
 _FIND = re.compile(r"\{find:(\w+):([^{}]+)\}")
 _SOME = re.compile(r"\{some:([^{}]+)\}")
-_PARAMETER = re.compile(r"\{(?:(keys|texts):)?([1-4])\}")
+_PARAMETER = re.compile(r"\{(?:(keys|texts|money):)?([1-5])\}")
 
 
 @functools.cache
 def statement(dialect: str, name: str) -> str:
-    """The text of parties, state, users, users_until or ties, in the driver's own words.
+    """The text of parties, claims, state, users, users_until or ties, in the driver's own words.
 
-    All but the first give rows (what, account, livemode, key, told, other), where `what` is one of source, link,
+    All but the first two give rows (what, account, livemode, key, told, other), where `what` is one of source, link,
     fact, tie, entitlement and waiting.
     """
     words = _WORDS[dialect]

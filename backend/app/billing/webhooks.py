@@ -153,6 +153,12 @@ class BillingWebhooks:
             write = log.info if outcome in NOTEWORTHY_OUTCOMES else log.debug
             write("webhook_answered", outcome=outcome, duration_ms=round(duration_seconds * 1000, 1))
 
+    async def prepare(self) -> None:
+        """What is to be done before the first delivery."""
+        async with self._database.transaction() as tx:
+            await store.advance_positions(tx)
+        await self.rerun_parked()
+
     async def rerun_parked(self) -> int:
         """Applies the parked events whose price or plan the catalog has by now; how many were run again."""
         rerun = 0
@@ -296,29 +302,32 @@ class BillingWebhooks:
         effects = Effects()
         events = [genuine.event.envelope for genuine in batch]
         async with self._database.transaction() as tx:
-            won = await store.claim(tx, events, now=self._clock.now())
-            mine = [genuine for genuine, is_mine in zip(batch, won, strict=True) if is_mine]
+            for genuine in batch:
+                if not genuine.event.is_dated:
+                    await store.date_failed(tx, genuine.event.envelope)
             answers: dict[EventKey, Answer] = {}
-            await self._applier.apply(tx, [self._assertion(genuine, answers) for genuine in mine], effects)
+            decisions = await self._applier.apply_new(
+                tx, [self._assertion(genuine, answers) for genuine in batch], effects
+            )
             # After ours are written, so that a second delivery within the batch finds its answer too.
-            lost = [event for event, is_mine in zip(events, won, strict=True) if not is_mine]
+            lost = [event for event, decision in zip(events, decisions, strict=True) if decision is None]
             stored = await store.stored_answers(tx, lost)
         self.count(effects)
         log.info(
             "webhooks_committed",
-            events=len(mine),
+            events=len(batch) - len(lost),
             duplicates=len(lost),
             duration_ms=round((time.perf_counter() - started) * 1000, 1),
         )
         return [
-            answers[event.key]
-            if is_mine
-            else Answer(body=stored[event.key].encode("ascii"), outcome=DUPLICATE)
-            for event, is_mine in zip(events, won, strict=True)
+            Answer(body=stored[event.key].encode("ascii"), outcome=DUPLICATE)
+            if decision is None
+            else answers[event.key]
+            for event, decision in zip(events, decisions, strict=True)
         ]
 
     def _assertion(self, genuine: Genuine, answers: dict[EventKey, Answer]) -> Assertion:
-        """A claimed event to be decided on; its answer goes into `answers` as it goes into its row."""
+        """An event to be decided on; its answer goes into `answers` as it goes into its row."""
         event = genuine.event.envelope
 
         def row(decision: Decision) -> store.StoredEvent:
@@ -368,6 +377,8 @@ class BillingWebhooks:
         )
         try:
             async with self._database.transaction() as tx:
+                if not genuine.event.is_dated:
+                    await store.date_failed(tx, envelope)
                 await store.save_failed_attempt(
                     tx,
                     envelope,

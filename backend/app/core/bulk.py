@@ -17,12 +17,14 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic_core import PydanticSerializationError, to_json
 
 from backend.app.core.compact_json import compact_json
 from backend.app.core.database import Tx, UtcDateTime, fetch, repeat, sqlite_instant
 
 Row = Mapping[str, Any]
-_Computed = tuple[tuple[str, str], ...]
+# A column, and what is written into it on PostgreSQL and on SQLite.
+_Computed = tuple[tuple[str, str, str], ...]
 
 _POSTGRESQL_TYPES: tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...] = (
     (UtcDateTime, "timestamptz"),
@@ -41,7 +43,7 @@ class Insert:
     """Rows for a table, which all have the same columns; `on_conflict` is the clause as both databases know it.
 
     A row must not meet another one of the same insert in a `DO UPDATE`. `computed` columns are written as
-    an SQL expression, in which `{}` stands for the value that the rows give.
+    an SQL expression of each database, in which `{}` stands for the value that the rows give.
     """
 
     table: sa.Table
@@ -149,7 +151,7 @@ def _postgresql_inserts(shape: tuple[tuple[sa.Table, tuple[str, ...], str, _Comp
 def _postgresql_insert(
     table: sa.Table, columns: tuple[str, ...], end: str, computed: _Computed, first: int = 1
 ) -> str:
-    expressions = dict(computed)
+    expressions = {column: postgresql for column, postgresql, _ in computed}
     arrays = ", ".join(
         f"${number}::{_postgresql_type(table.c[column])}[]"
         for number, column in enumerate(columns, start=first)
@@ -166,7 +168,7 @@ def _postgresql_insert(
 
 @functools.cache
 def _sqlite_insert(table: sa.Table, columns: tuple[str, ...], end: str, computed: _Computed) -> str:
-    expressions = dict(computed)
+    expressions = {column: sqlite for column, _, sqlite in computed}
     values = ", ".join(expressions.get(column, "{}").format("?") for column in columns)
     return f"INSERT INTO {table.name} ({_names(columns)}) VALUES ({values}) {end}"  # noqa: S608  # as above
 
@@ -219,4 +221,10 @@ def _same(value: Any) -> Any:
 
 
 def _json_text(value: Any) -> str | None:
-    return None if value is None else compact_json(value)
+    if value is None:
+        return None
+    try:
+        return to_json(value).decode()
+    except PydanticSerializationError:
+        # Half of a surrogate pair has no form but its escape.
+        return compact_json(value)

@@ -244,6 +244,16 @@ async def fetch(tx: Tx, sql: str, parameters: tuple[Any, ...] = ()) -> Sequence[
     return rows
 
 
+async def run(tx: Tx, sql: str) -> None:
+    """Runs fixed statements without parameters or rows, several of them divided by semicolons, on PostgreSQL in one round trip."""
+    driver = _driver(tx)
+    if driver is None:
+        for statement in sql.split(";"):
+            await tx.exec_driver_sql(statement)
+    else:
+        await driver.execute(sql)
+
+
 async def repeat(tx: Tx, sql: str, parameters: Sequence[tuple[Any, ...]]) -> None:
     """Runs a fixed statement on SQLite once for each row of parameters, within the library."""
     driver = _driver(tx)

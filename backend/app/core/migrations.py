@@ -11,6 +11,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from backend.app.core.database import Database
+from backend.app.core.partitions import create_months
 
 MIGRATIONS_DIRECTORY = Path(__file__).parents[2] / "migrations"
 
@@ -19,11 +20,12 @@ _ADVISORY_LOCK = 7_402_561_938
 
 
 async def migrate(database: Database) -> None:
-    """Applies every migration that is missing, all in one transaction."""
+    """Applies every migration that is missing and makes the months ahead, all in one transaction."""
     async with database.migration() as tx:
         if not database.is_sqlite:
             await tx.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         await tx.run_sync(_upgrade)
+        await create_months(tx)
 
 
 async def is_current(database: Database) -> bool:

@@ -57,7 +57,8 @@ def upgrade() -> None:
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("created_at", INSTANT, nullable=False),
         sa.Column("content_sha256", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_audit_logs"),
+        sa.PrimaryKeyConstraint("id", "created_at", name="pk_audit_logs"),
+        postgresql_partition_by="RANGE (created_at)",
     )
     op.create_index("ix_audit_logs_created_at", "audit_logs", ["created_at"], unique=False)
     op.create_index("ix_audit_logs_resource", "audit_logs", ["resource_type", "resource_id"], unique=False)
@@ -163,6 +164,14 @@ def upgrade() -> None:
         sqlite_where=sa.text("delivered_at IS NULL AND dead_at IS NULL"),
     )
     op.create_table(
+        "payment_claims",
+        sa.Column("account", sa.Text(), nullable=False),
+        sa.Column("livemode", sa.Boolean(), nullable=False),
+        sa.Column("effect_key", sa.Text(), nullable=False),
+        sa.Column("claimed_at", INSTANT, nullable=False),
+        sa.PrimaryKeyConstraint("account", "livemode", "effect_key", name="pk_payment_claims"),
+    )
+    op.create_table(
         "payment_events",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("stripe_event_id", sa.Text(), nullable=False),
@@ -182,8 +191,8 @@ def upgrade() -> None:
         sa.Column("subject_key", sa.Text(), nullable=True),
         sa.Column("occurred_at", INSTANT, nullable=False),
         sa.Column("created_at", INSTANT, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_payment_events"),
-        sa.UniqueConstraint("account", "livemode", "effect_key", name="uq_payment_events_effect_key"),
+        sa.PrimaryKeyConstraint("account", "livemode", "effect_key", "created_at", name="pk_payment_events"),
+        postgresql_partition_by="RANGE (created_at)",
     )
     op.create_index("ix_payment_events_created_at", "payment_events", ["created_at"], unique=False)
     op.create_index(
@@ -247,6 +256,13 @@ def upgrade() -> None:
         sa.UniqueConstraint("user_id", name="uq_user_entitlements_user_id"),
     )
     op.create_table(
+        "waiting_names",
+        sa.Column("account", sa.Text(), nullable=False),
+        sa.Column("livemode", sa.Boolean(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("account", "livemode", "name", name="pk_waiting_names"),
+    )
+    op.create_table(
         "webhook_claims",
         sa.Column("account", sa.Text(), nullable=False),
         sa.Column("livemode", sa.Boolean(), nullable=False),
@@ -279,7 +295,8 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "payload IS NOT NULL OR assertion IS NOT NULL", name="ck_webhook_events_body_or_assertion"
         ),
-        sa.PrimaryKeyConstraint("account", "livemode", "event_id", name="pk_webhook_events"),
+        sa.PrimaryKeyConstraint("account", "livemode", "event_id", "occurred_at", name="pk_webhook_events"),
+        postgresql_partition_by="RANGE (occurred_at)",
     )
     op.create_index("ix_webhook_events_position", "webhook_events", ["position"], unique=False)
     op.create_index("ix_webhook_events_received_at", "webhook_events", ["received_at"], unique=False)
@@ -317,6 +334,8 @@ def upgrade() -> None:
         sqlite_where=sa.text("status = 'parked'"),
     )
     if op.get_bind().dialect.name == "postgresql":
+        # The greatest position itself would have to be looked for in every month.
+        op.execute("CREATE SEQUENCE webhook_event_positions")
         for statement in AUDIT_GUARD_POSTGRESQL:
             op.execute(statement)
     else:

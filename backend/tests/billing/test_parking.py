@@ -57,6 +57,11 @@ async def events_of(service: Harness) -> dict[str, tuple[str, str | None, str | 
     return {row["event_id"]: (row["status"], row["reason"], row["user_id"]) for row in rows}
 
 
+async def waiting(service: Harness) -> set[str]:
+    """The names under which something waits."""
+    return {row["name"] for row in await service.rows("SELECT name FROM waiting_names")}
+
+
 async def actions(service: Harness, action: str) -> list[tuple[str, str]]:
     rows = await service.rows(
         "SELECT user_id, resource_id FROM audit_logs WHERE action = :action", action=action
@@ -261,3 +266,18 @@ async def test_a_new_catalog_leaves_alone_what_waits_for_its_user(migrated_url: 
         assert (await events_of(after))["evt_1"] == ("parked", "unknown_user", None)
         assert await status_of(after, tie()) == "success"
         assert (await after.entitlements("user_1"))["plan_code"] == "premium"
+
+
+async def test_a_name_is_kept_for_as_long_as_something_waits_under_it_and_no_longer(service: Harness) -> None:
+    """Every decision looks there: what no longer waits must not cost the next ones anything."""
+    for number in (1, 2):
+        created = happened(
+            f"evt_{number}",
+            "customer.subscription.created",
+            subscription(f"sub_{number}", customer=f"cus_{number}", prices=[objects.price("premium")]),
+        )
+        assert await status_of(service, created) == "parked"
+    assert await waiting(service) == {"sub:sub_1", "cus:cus_1", "sub:sub_2", "cus:cus_2"}
+    assert await status_of(service, tie()) == "success"
+    assert (await events_of(service))["evt_1"][0] == "success"
+    assert await waiting(service) == {"sub:sub_2", "cus:cus_2"}

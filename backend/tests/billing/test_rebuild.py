@@ -230,8 +230,8 @@ def altered(value: Any, column: sa.Column[Any], chance: random.Random) -> Any:
         return (value or datetime(2030, 1, 1, tzinfo=UTC)).replace(microsecond=chance.randrange(1, 999_999))
     if isinstance(value, bool):
         return not value
-    if isinstance(value, int):
-        return value + chance.randrange(1, 9)
+    if isinstance(value, int) or isinstance(column.type, sa.Integer):
+        return (value or 0) + chance.randrange(1, 9)
     if isinstance(value, dict):
         return {**value, "altered": chance.random()}
     return f"{value or ''}altered{chance.randrange(1_000_000)}"
@@ -250,7 +250,9 @@ def all_alterations(tables: Sequence[DerivedTable]) -> list[tuple[DerivedTable, 
     chosen += [
         (derived, verb) for derived in tables for verb in ("DELETE", "INSERT") if derived is not rows.EVENTS
     ]
+    # A claim of an event that never came grants nothing, and a name may be kept under which nothing waits any more.
     chosen.remove((rows.CLAIMS, "INSERT"))
+    chosen.remove((rows.WAITING, "INSERT"))
     return chosen
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -79,6 +80,29 @@ async def test_a_bad_event_fails_alone_and_is_applied_once_it_can_be(
     again = await asyncio.gather(*(service.deliver(body) for body in purchases))
     assert {answer.status_code for answer in again} == {200}
     assert await service.count("payment_events") == await service.count("user_entitlements") == 40
+
+
+async def test_an_event_that_tells_no_time_has_one_row_however_often_it_failed(
+    service: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by hand: each delivery stands for another time, and rows are kept by months of it."""
+    body = json.loads(events.purchase("undated", user_id="ann"))
+    del body["created"]
+
+    def broken(_event: StripeEvent) -> Any:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apply, "translate", broken)
+        for _ in range(2):
+            assert (await service.deliver(body)).status_code == 500
+            service.clock.instant += timedelta(days=40)
+    [row] = await service.rows("SELECT status, attempts FROM webhook_events")
+    assert (row["status"], row["attempts"]) == ("failed", 2)
+    assert (await service.deliver(body)).json()["status"] == "success"
+    [row] = await service.rows("SELECT status, attempts FROM webhook_events")
+    assert (row["status"], row["attempts"]) == ("success", 3)
+    assert (await service.deliver(body)).headers["Idempotent-Replayed"] == "true"
 
 
 async def test_the_number_of_statements_does_not_grow_with_the_batch(service: Harness) -> None:

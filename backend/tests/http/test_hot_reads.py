@@ -15,6 +15,7 @@ from backend.app.billing.answers import HELD_SECONDS
 from backend.app.billing.entitlements import entitlement_document
 from backend.app.billing.routes import WEBHOOK_PATH
 from backend.app.billing.security import sign
+from backend.app.core import api_keys
 from backend.app.core.api_keys import KNOWN_SECONDS, ApiKeys, Scope
 from backend.app.core.clock import SystemClock
 from backend.app.core.database import Database
@@ -186,7 +187,11 @@ async def test_an_ended_key_reads_no_held_answers_after_a_second(service: Harnes
         await asyncio.sleep(0.02)
 
 
-async def test_a_key_is_looked_up_once_for_all_that_wait_for_it(service: Harness) -> None:
+async def test_a_key_is_looked_up_once_for_all_that_wait_for_it(
+    service: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A busy machine may take longer for all of them than a key is known for.
+    monkeypatch.setattr(api_keys, "KNOWN_SECONDS", 60.0)
     headers = await reader(service)
     with statements(service) as seen:
         responses = await asyncio.gather(

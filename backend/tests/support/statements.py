@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,9 +19,14 @@ Watcher = Callable[[str, Any], None]
 # What `core/database.py` calls of the drivers themselves; SQLAlchemy calls other methods of theirs.
 _STRAIGHT = (
     (asyncpg.Connection, "fetch"),
+    (asyncpg.Connection, "execute"),
     (aiosqlite.Connection, "execute_fetchall"),
     (aiosqlite.Connection, "executemany"),
 )
+
+
+# The driver's own, around a transaction.
+_AROUND = re.compile(r"(?:BEGIN\b.*|COMMIT|ROLLBACK);?")
 
 
 def _is_asyncpg(connection: Any) -> bool:
@@ -49,6 +55,8 @@ def watched_statements(
 
     def watched(run: Callable[..., Any]) -> Callable[..., Any]:
         async def run_watched(connection: Any, statement: str, *parameters: Any) -> Any:
+            if _AROUND.fullmatch(statement):
+                return await run(connection, statement, *parameters)
             # SQLite's driver takes all parameters as one.
             told = parameters if _is_asyncpg(connection) else parameters[0]
             before(statement, told)

@@ -63,6 +63,8 @@ ACTION_ID_PREFIX = "action:"
 
 # Stripe's ids are unique within an account and a mode.
 EventKey = tuple[str, bool, str]
+# A piece of money's own name: the events that report it name the same `effect_key`.
+MoneyKey = tuple[str, bool, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,16 +66,23 @@ def entitlement_of(
     activated_at: datetime | None = None,
 ) -> Entitlement:
     """What a user may do at an instant, merged from the readings of all of their sources."""
-    answer = _merged(catalog, readings, at)
-    plan, status, features = answer
+    live = live_accesses(readings, at)
+    plan, status = _standing(catalog, readings, live, at)
+    features = _features(catalog, live)
+
+    def is_another_at(edge: datetime) -> bool:
+        then = live_accesses(readings, edge)
+        # Mostly the plan ends: then there is no need to look at each feature.
+        return (
+            _standing(catalog, readings, then, edge) != (plan, status) or _features(catalog, then) != features
+        )
+
     return Entitlement(
         user_id=user_id,
         plan_code=plan.code,
         status=status,
         features=features,
-        valid_until=next(
-            (edge for edge in boundaries(readings, at) if _merged(catalog, readings, edge) != answer), None
-        ),
+        valid_until=next(filter(is_another_at, boundaries(readings, at)), None),
         activated_at=activated_at,
         version=version,
     )
@@ -124,23 +131,26 @@ def live_accesses(readings: Iterable[Reading], at: datetime) -> list[Access]:
     return [access for reading in readings for access in reading.accesses if access.is_live(at)]
 
 
-def _merged(
-    catalog: Catalog, readings: Sequence[Reading], at: datetime
-) -> tuple[Plan, str, dict[str, FeatureValue]]:
-    live = live_accesses(readings, at)
-    features = {key: feature_value(catalog, key, live)[0] for key in catalog.features}
+def _features(catalog: Catalog, live: Sequence[Access]) -> dict[str, FeatureValue]:
+    return {key: feature_value(catalog, key, live)[0] for key in catalog.features}
+
+
+def _standing(
+    catalog: Catalog, readings: Sequence[Reading], live: Sequence[Access], at: datetime
+) -> tuple[Plan, str]:
+    """The plan and the status that speak for the user."""
     first = front_access(live, at)
     if first is not None and first.plan is not None:
-        return first.plan, first.status, features
+        return first.plan, first.status
     if live:
-        return catalog.default_plan, live[0].status, features
+        return catalog.default_plan, live[0].status
     newest = max(readings, key=lambda reading: (reading.as_of, reading.event_id), default=None)
     if newest is None:
-        return catalog.default_plan, NO_SOURCE_STATUS, features
+        return catalog.default_plan, NO_SOURCE_STATUS
     if newest.grants:
         # It would give access, but has run out, or sells nothing that the catalog knows.
-        return catalog.default_plan, EXPIRED_STATUS if newest.accesses else UNMAPPED_STATUS, features
-    return catalog.default_plan, newest.status, features
+        return catalog.default_plan, EXPIRED_STATUS if newest.accesses else UNMAPPED_STATUS
+    return catalog.default_plan, newest.status
 
 
 def front_access(live: Iterable[Access], at: datetime) -> Access | None:

@@ -27,6 +27,8 @@ class StripeEvent:
     envelope: Event
     object: Mapping[str, Any]
     previous_attributes: Mapping[str, Any] = field(default_factory=dict)
+    # Whether it says itself when it occurred; else each delivery of it tells another time.
+    is_dated: bool = True
 
 
 def read_event(data: Mapping[str, Any], *, signed_at: datetime) -> StripeEvent:
@@ -50,13 +52,14 @@ def read_event(data: Mapping[str, Any], *, signed_at: datetime) -> StripeEvent:
     ):
         raise InvalidEvent("The body has no usable event type.")
     try:
+        created = fields.instant("created")
         envelope = Event(
             account=fields.id("account") or "",
             livemode=fields.flag("livemode") or False,
             id=event_id,
             type=event_type,
             api_version=fields.text("api_version"),
-            occurred_at=fields.instant("created") or signed_at,
+            occurred_at=created or signed_at,
         )
     except TranslationError as error:
         raise InvalidEvent(f"The body is not an event: {error}.") from error
@@ -69,4 +72,5 @@ def read_event(data: Mapping[str, Any], *, signed_at: datetime) -> StripeEvent:
         envelope=envelope,
         object=content,
         previous_attributes=previous if isinstance(previous, Mapping) else {},
+        is_dated=created is not None,
     )
