@@ -93,7 +93,7 @@ async def test_an_event_that_tells_no_time_has_one_row_however_often_it_failed(
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(apply, "translate", broken)
+        patch.setattr(asserted, "translate", broken)
         for _ in range(2):
             assert (await service.deliver(body)).status_code == 500
             service.clock.instant += timedelta(days=40)
