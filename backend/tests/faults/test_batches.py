@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from backend.app.billing import apply
+from backend.app.billing import asserted
 from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.billing.rebuild import Rebuild
@@ -70,7 +70,7 @@ async def test_a_bad_event_fails_alone_and_is_applied_once_it_can_be(
         return translate(event)
 
     with monkeypatch.context() as patch, capture_logs() as logs:
-        patch.setattr(apply, "translate", broken)
+        patch.setattr(asserted, "translate", broken)
         answers = await asyncio.gather(*(service.deliver(body) for body in purchases))
     assert Counter(answer.status_code for answer in answers) == {200: 36, 500: 4}
     assert await service.count("payment_events") == await service.count("user_entitlements") == 36
@@ -93,7 +93,7 @@ async def test_an_event_that_tells_no_time_has_one_row_however_often_it_failed(
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(apply, "translate", broken)
+        patch.setattr(asserted, "translate", broken)
         for _ in range(2):
             assert (await service.deliver(body)).status_code == 500
             service.clock.instant += timedelta(days=40)
