@@ -47,7 +47,7 @@ DEADLINE_SECONDS = 8
 
 # While one transaction is on its way to the disk, the next ones are decided; a lock that is waited for holds
 # up one of them. SQLite has one writer.
-LANES = 2
+LANES = 3
 SQLITE_LANES = 1
 
 # What a delivery of an event that was processed before comes to.
