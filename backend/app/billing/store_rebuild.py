@@ -55,13 +55,15 @@ Row = dict[str, Any]
 class DerivedTable:
     """A table that follows from the events: `key` names a row, `columns` are compared beside it.
 
-    With `may_have_more` a row that does not follow is no difference.
+    With `may_have_more` a row that does not follow is no difference. Where the database itself does not refuse a
+    second row of one key, `twice_by` tells it from the first; it stands at the end of the second one's key.
     """
 
     table: sa.Table
     key: tuple[str, ...]
     columns: tuple[str, ...]
     may_have_more: bool = False
+    twice_by: str | None = None
 
     def key_of(self, row: Mapping[str, Any]) -> Key:
         """A row's key."""
@@ -100,6 +102,7 @@ PAYMENTS = DerivedTable(
         "subject_key",
         "occurred_at",
     ),
+    twice_by="created_at",
 )
 EVENTS = DerivedTable(
     table=webhook_events,
@@ -291,13 +294,18 @@ async def load_keys_after(tx: Tx, derived: DerivedTable, after: Key | None) -> l
 async def load_rows(tx: Tx, derived: DerivedTable, nodes: Collection[Node]) -> dict[Key, Row]:
     """The rows of a derived table that belong to some nodes, by their keys."""
     kind, column = NODE_OF_TABLE[derived.table.name]
-    names = dict.fromkeys((*derived.key, *derived.columns))
+    names = dict.fromkeys((*derived.key, *derived.columns, *filter(None, [derived.twice_by])))
     selected = sa.select(*(derived.table.c[name] for name in names)).where(_from_events(derived))
+    if derived.twice_by is not None:
+        selected = selected.order_by(derived.table.c[derived.twice_by])
     found: dict[Key, Row] = {}
     for condition in _conditions(derived.table, kind, column, nodes):
         for found_row in (await tx.execute(selected.where(condition))).mappings():
             row = dict(found_row)
-            found[derived.key_of(row)] = row
+            key = derived.key_of(row)
+            if key in found and derived.twice_by is not None:
+                key = (*key, row[derived.twice_by])
+            found[key] = row
     return found
 
 
@@ -405,7 +413,14 @@ async def write_rows(
     """Makes rows what they should be, of which some are `new`; None deletes one. The bytes that came are never touched."""
     table = derived.table
     is_row = sa.and_(*(table.c[name] == sa.bindparam(f"key_{name}") for name in derived.key))
-    gone = [_bound(derived, key) for key, row in changes if row is None]
+    second = [key for key, row in changes if row is None and len(key) > len(derived.key)]
+    if second and derived.twice_by is not None:
+        is_second = table.c[derived.twice_by] == sa.bindparam("key_twice")
+        await tx.execute(
+            table.delete().where(is_row, is_second),
+            [{**_bound(derived, key[:-1]), "key_twice": key[-1]} for key in second],
+        )
+    gone = [_bound(derived, key) for key, row in changes if row is None and key not in second]
     if gone:
         await tx.execute(table.delete().where(is_row), gone)
     kept = [(key, {name: row[name] for name in derived.columns}) for key, row in changes if row is not None]

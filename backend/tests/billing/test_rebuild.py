@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,28 @@ async def test_every_planted_alteration_is_found(service: Harness) -> None:
         if (name := await unseen_alteration(service, database, alteration, chance))
     ]
     assert unseen == []
+    assert (await check(service)).differences == []
+
+
+async def test_money_that_somebody_wrote_down_twice_is_found_and_the_first_line_stays(
+    service: Harness,
+) -> None:
+    """The database does not refuse it: two lines of different months know nothing of each other."""
+    await shaken(service, users=3, seed=1)
+    table = rows.PAYMENTS.table
+    before = await service.rows("SELECT * FROM payment_events ORDER BY id")
+    async with service.service.database.transaction() as tx:
+        line = dict((await tx.execute(sa.select(table).order_by(table.c.id).limit(1))).mappings().one())
+        for months in (1, 2):
+            second = {
+                **line,
+                "id": f"{months}",
+                "created_at": line["created_at"] + timedelta(days=31 * months),
+            }
+            await tx.execute(table.insert().values(**second))
+    assert (await check(service)).difference_count == 2
+    assert (await rebuild_of(service).run()).difference_count == 2
+    assert await service.rows("SELECT * FROM payment_events ORDER BY id") == before
     assert (await check(service)).differences == []
 
 
