@@ -84,6 +84,19 @@ webhook_events = sa.Table(
         postgresql_where=sa.text("customer_id IS NULL"),
         sqlite_where=sa.text("customer_id IS NULL"),
     ),
+    # What somebody should look at, the newest first; there should be little of it among very much.
+    sa.Index(
+        "ix_webhook_events_parked",
+        "received_at",
+        postgresql_where=sa.text("status = 'parked'"),
+        sqlite_where=sa.text("status = 'parked'"),
+    ),
+    sa.Index(
+        "ix_webhook_events_failed",
+        "received_at",
+        postgresql_where=sa.text("status = 'failed'"),
+        sqlite_where=sa.text("status = 'failed'"),
+    ),
     sa.Index(
         "ix_webhook_events_waiting_subject",
         "subject_key",

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 from pydantic import TypeAdapter
 
 from backend.app.audit.models import audit_logs
-from backend.app.billing.domain.decide import Status
 from backend.app.billing.domain.facts import CustomerId, GrantFact, SubjectId, Via
 from backend.app.billing.models import (
     PaymentEvent,
@@ -22,6 +21,7 @@ from backend.app.billing.models import (
     sources,
     webhook_events,
 )
+from backend.app.billing.store import PARKED
 from backend.app.core.database import Tx, insert
 from backend.app.core.pages import Place
 
@@ -211,8 +211,10 @@ async def list_events(
         .order_by(*(column.desc() for column in place))
         .limit(limit)
     )
+    if status is not None:
+        # In the statement's text: only so can a prepared plan use the indexes of what is parked or failed.
+        statement = statement.where(columns.status == sa.literal(status, literal_execute=True))
     for column, wanted in (
-        (columns.status, status),
         (columns.event_type, event_type),
         (columns.user_id, user_id),
     ):
@@ -253,7 +255,7 @@ async def list_parked_groups(tx: Tx, *, after: Place | None, limit: int) -> list
             sa.func.min(columns.received_at, type_=instant).label("oldest_received_at"),
             sa.func.max(columns.received_at, type_=instant).label("newest_received_at"),
         )
-        .where(columns.status == Status.PARKED.value)
+        .where(columns.status == PARKED)
         .group_by(columns.reason)
         .order_by(columns.reason)
         .limit(limit)
@@ -271,7 +273,7 @@ async def list_parked_keys(
     place = (columns.account, columns.livemode, columns.event_id)
     statement = (
         sa.select(*place, columns.reason)
-        .where(columns.status == Status.PARKED.value, columns.payload.is_not(None))
+        .where(columns.status == PARKED, columns.payload.is_not(None))
         .order_by(*place)
         .limit(limit)
     )

@@ -316,6 +316,15 @@ def upgrade() -> None:
         postgresql_where=sa.text("customer_id IS NULL"),
         sqlite_where=sa.text("customer_id IS NULL"),
     )
+    for status in ("parked", "failed"):
+        op.create_index(
+            f"ix_webhook_events_{status}",
+            "webhook_events",
+            ["received_at"],
+            unique=False,
+            postgresql_where=sa.text(f"status = '{status}'"),
+            sqlite_where=sa.text(f"status = '{status}'"),
+        )
     op.create_index("ix_webhook_events_user_id", "webhook_events", ["user_id", "received_at"], unique=False)
     op.create_index(
         "ix_webhook_events_waiting_customer",

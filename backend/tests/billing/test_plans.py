@@ -109,6 +109,8 @@ async def test_every_statement_of_the_reads_finds_its_rows_by_an_index(
             f"/api/v1/payments?user_id={user_id}",
             "/api/v1/events",
             f"/api/v1/events?user_id={user_id}",
+            "/api/v1/events?status=parked",
+            "/api/v1/events?status=failed",
             "/api/v1/audit",
             f"/api/v1/audit?user_id={user_id}",
             "/metrics",
