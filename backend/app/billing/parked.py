@@ -21,12 +21,14 @@ from backend.app.billing.webhooks import BillingWebhooks, stored_event
 from backend.app.core.bulk import insert_all
 from backend.app.core.clock import Clock, iso
 from backend.app.core.database import Database, Tx
-from backend.app.core.errors import Conflict, NotFound
+from backend.app.core.errors import AppError, Conflict, NotFound
 from backend.app.core.ids import new_id
 from backend.app.core.pages import PageRequest
 
 PARKED_GROUPS_LIST = "parked-groups"
 REPROCESS_LIST = "reprocess-parked"
+# What is counted of each cause.
+_COUNTED = ("events", "success", "ignored", "parked", "failed")
 
 log = structlog.get_logger(__name__)
 
@@ -91,8 +93,9 @@ class StoredEvents:
     ) -> dict[str, Any]:
         """Processes a page of the parked events, of one cause or of all, in the order of their names.
 
-        Gives `{"dry_run", "causes": [{"reason", "events", "success", "ignored", "parked"}], "data":
-        [differences], "next_cursor"}`; in a dry run each event is looked at by itself.
+        Gives `{"dry_run", "causes": [{"reason", "events", "success", "ignored", "parked", "failed"}], "data":
+        [differences], "next_cursor"}`; in a dry run each event is looked at by itself. One that meets an error of
+        ours is as it was and stops no other; its difference has an `error` instead.
         """
         async with self._database.snapshot() as tx:
             found = await store_admin.list_parked_keys(
@@ -104,11 +107,19 @@ class StoredEvents:
         causes: dict[str, dict[str, int]] = {}
         documents: dict[EventKey, dict[str, Any]] = {}
         for key, cause in found[: request.limit]:
-            done = await self.reprocess(key, actor=actor, dry_run=dry_run)
-            documents[key] = difference_document(done, dry_run=dry_run)
-            counts = causes.setdefault(cause, {"events": 0, "success": 0, "ignored": 0, "parked": 0})
+            counts = causes.setdefault(cause, dict.fromkeys(_COUNTED, 0))
             counts["events"] += 1
-            counts[done.decision.status.value] += 1
+            try:
+                done = await self.reprocess(key, actor=actor, dry_run=dry_run)
+            except AppError:
+                raise
+            except Exception as error:  # whatever it is, the others can't help it
+                log.exception("event_not_reprocessed", event_id=key.event_id)
+                counts["failed"] += 1
+                documents[key] = {**_named(key), "dry_run": dry_run, "error": type(error).__name__}
+            else:
+                counts[done.decision.status.value] += 1
+                documents[key] = difference_document(done, dry_run=dry_run)
         page = request.page(
             REPROCESS_LIST,
             found,
@@ -200,10 +211,8 @@ def difference_document(done: Reprocessed, *, dry_run: bool) -> dict[str, Any]:
     """The JSON of what processing an event again did or would do."""
     event, decision = done.event, done.decision
     return {
-        "event_id": event.id,
+        **_named(EventKey(account=event.account, livemode=event.livemode, event_id=event.id)),
         "event_type": event.type,
-        "account": event.account or None,
-        "livemode": event.livemode,
         "dry_run": dry_run,
         "status_before": done.status_before,
         "status_after": decision.status.value,
@@ -212,6 +221,10 @@ def difference_document(done: Reprocessed, *, dry_run: bool) -> dict[str, Any]:
         "user_id": decision.user_id,
         "changes": [change_document(change) for change in decision.changes],
     }
+
+
+def _named(key: EventKey) -> dict[str, Any]:
+    return {"event_id": key.event_id, "account": key.account or None, "livemode": key.livemode}
 
 
 def change_document(change: EntitlementChange) -> dict[str, Any]:

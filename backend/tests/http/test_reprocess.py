@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from backend.app.billing import store
+from backend.app.billing import asserted, store
 from backend.app.billing.parked import StoredEvents
+from backend.app.billing.providers.stripe import translate
+from backend.app.billing.providers.stripe_event import StripeEvent
 from backend.app.core.api_keys import Scope
 from backend.app.main import SHIPPED_CATALOG
 from backend.app.simulator import objects
@@ -203,8 +206,15 @@ class TestAllParked:
         as_it_was = await contents(service)
         whole = await self.run(service, dry_run=True)
         assert whole["causes"] == [
-            {"reason": "unknown_price:gold", "events": 3, "success": 0, "ignored": 0, "parked": 3},
-            {"reason": "unknown_user", "events": 1, "success": 0, "ignored": 0, "parked": 1},
+            {
+                "reason": "unknown_price:gold",
+                "events": 3,
+                "success": 0,
+                "ignored": 0,
+                "parked": 3,
+                "failed": 0,
+            },
+            {"reason": "unknown_user", "events": 1, "success": 0, "ignored": 0, "parked": 1, "failed": 0},
         ]
         assert whole["next_cursor"] is None
         seen: list[str] = []
@@ -232,10 +242,46 @@ class TestAllParked:
                 )
             document = await self.run(after)
             assert document["causes"] == [
-                {"reason": "unknown_price:gold", "events": 2, "success": 2, "ignored": 0, "parked": 0}
+                {
+                    "reason": "unknown_price:gold",
+                    "events": 2,
+                    "success": 2,
+                    "ignored": 0,
+                    "parked": 0,
+                    "failed": 0,
+                }
             ]
             assert await after.metric("billing_events_parked") == 0
             assert (await after.entitlements("user_2"))["plan_code"] == "premium"
+
+    async def test_one_that_meets_a_bug_stays_as_it_was_and_stops_no_other(
+        self, service: Harness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in range(1, 4):
+            await service.deliver(subscribed(f"evt_{number}", number))
+
+        def broken(event: StripeEvent) -> Any:
+            if event.envelope.id == "evt_2":
+                raise RuntimeError("a bug that only this event meets")
+            return translate(event)
+
+        with monkeypatch.context() as patch, capture_logs() as logs:
+            patch.setattr(asserted, "translate", broken)
+            document = await self.run(service)
+        assert document["causes"] == [
+            {
+                "reason": "unknown_price:gold",
+                "events": 3,
+                "success": 0,
+                "ignored": 0,
+                "parked": 2,
+                "failed": 1,
+            }
+        ]
+        assert [entry.get("error") for entry in document["data"]] == [None, "RuntimeError", None]
+        assert [entry["event_id"] for entry in logs if entry["event"] == "event_not_reprocessed"] == ["evt_2"]
+        rows = await service.rows("SELECT status FROM webhook_events")
+        assert [row["status"] for row in rows] == ["parked"] * 3
 
 
 async def test_the_service_itself_needs_no_http_for_it(service: Harness) -> None:
