@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Annotated
-
-from pydantic import Field, TypeAdapter
 
 from backend.app.billing import store_rebuild as rows
 from backend.app.billing.asserted import read_stored
@@ -26,7 +23,6 @@ from backend.app.billing.domain.facts import (
     ClaimFact,
     CustomerId,
     Event,
-    Fact,
     GrantFact,
     SubjectId,
     Tie,
@@ -36,9 +32,8 @@ from backend.app.billing.domain.facts import (
 from backend.app.billing.domain.state import State
 from backend.app.billing.party_index import Node, NodeKind, user_node
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
+from backend.app.billing.store_state import FACT
 from backend.app.billing.store_state_sql import FACTS_PER_SUBJECT_MAX
-
-_FACT: TypeAdapter[Fact] = TypeAdapter(Annotated[Fact, Field(discriminator="kind")])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +66,7 @@ def happening_of_event(stored: StoredEvent, *, livemode: bool, is_of_party: bool
 
 def happening_of_manual_fact(row: Row) -> Happening:
     """A person's grant, its removal or a claim."""
-    fact = _FACT.validate_python(row["body"])
+    fact = FACT.validate_python(row["body"])
     assert isinstance(fact, GrantFact | ClaimFact), "other kinds come from events"
     about = About(key=row["subject_key"], fact=fact)
     asserts = Translation(subject=row["subject_key"], facts=(about,))
@@ -194,7 +189,7 @@ class Replay:
             if fact.kind not in rows.MANUAL_KINDS:
                 self._table(rows.FACTS).setdefault(
                     (*subject, fact.kind, fact.as_of, fact.event_id),
-                    {"body": _FACT.dump_python(fact, mode="json")},
+                    {"body": FACT.dump_python(fact, mode="json")},
                 )
         for source, owned in decision.sources:
             if source.kind != "grant":

@@ -17,6 +17,9 @@ def components(state: State, named: Sequence[Iterable[Hashable]]) -> tuple[list[
 
     A name is a SubjectId, or a user's id; a customer is named by the subject of the same customer.
     """
+    if len(named) == 1:
+        # All of the state was looked for because of it.
+        return [0], {0: state}
     groups = _Groups()
     subjects = {name for names in named for name in names if isinstance(name, SubjectId)}
     # A connected account bears on all its sources; that joins them only while something is said of it.
