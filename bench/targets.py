@@ -155,7 +155,7 @@ def _at_least(
     samples: Samples, target: str, name: str, other: str, connections: int, least: float
 ) -> Verdict:
     measured = ratio(per_second(samples, name, connections), per_second(samples, other, connections))
-    return _verdict(target, f"at least {least:g}", measured, lambda median: median >= least)
+    return _verdict(target, f"at least {least:g}", measured, _at_or_over(least))
 
 
 def _verdict(

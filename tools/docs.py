@@ -24,6 +24,7 @@ from starlette.routing import Route
 from backend.app.billing.providers.registry import translators
 from backend.app.core import errors
 from backend.app.core.database import metadata
+from backend.app.core.partitions import partition_column
 from backend.app.core.settings import Settings
 from backend.app.main import create_app
 from backend.app.observability.metrics import MetricsCollector
@@ -270,9 +271,8 @@ def _keys(table: sa.Table) -> str:
     )
     if indexes:
         lines.append(f"Indexes: {'; '.join(indexes)}.")
-    partition_by = table.dialect_options["postgresql"]["partition_by"]
-    if partition_by is not None:
-        column = partition_by.removeprefix("RANGE (").removesuffix(")")
+    column = partition_column(table)
+    if column is not None:
         lines.append(f"On PostgreSQL by months of `{column}`.")
     return " ".join(lines) + "\n"
 

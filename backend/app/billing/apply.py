@@ -277,9 +277,7 @@ class _Writes:
                     created_at=self._now,
                 )
             )
-        await store.forget_waiting(
-            self._tx, {name for each in _waited_for(decision) for name in _targets(each)}
-        )
+        await store.forget_waiting(self._tx, _helped(decision))
 
     def _actor(self, event: Event) -> str:
         return self._effects.actor or f"stripe:{event.id}"
@@ -337,11 +335,13 @@ def party_names(parties: store_state.Parties) -> list[Hashable]:
 
 def _concerns(decision: Decision, waiting: set[SubjectId]) -> bool:
     """Whether something that waits may wait for this decision."""
-    return bool(waiting) and any(name in waiting for each in _waited_for(decision) for name in _targets(each))
+    return bool(waiting) and not waiting.isdisjoint(_helped(decision))
 
 
-def _waited_for(decision: Decision) -> list[Attribution | Waiting]:
-    return [*decision.attributions, *decision.waiting]
+def _helped(decision: Decision) -> set[SubjectId]:
+    """The names whose waiting a decision may end."""
+    targets: list[Attribution | Waiting] = [*decision.attributions, *decision.waiting]
+    return {name for each in targets for name in _targets(each)}
 
 
 def _targets(each: Attribution | Waiting) -> Iterable[SubjectId]:

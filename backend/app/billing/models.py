@@ -11,6 +11,12 @@ import sqlalchemy as sa
 from backend.app.billing.domain.facts import FeatureValue
 from backend.app.core.database import Json, UtcDateTime, metadata
 
+
+def _partial_index(name: str, *columns: str, where: str) -> sa.Index:
+    """An index of the rows that fulfil a condition, on both databases."""
+    return sa.Index(name, *columns, postgresql_where=sa.text(where), sqlite_where=sa.text(where))
+
+
 # Only keys begin with the account. Other indexes begin with what tells rows apart: all rows of a deployment have
 # one account, and a plan that PostgreSQL makes while a table is empty may take any index that begins with it.
 
@@ -68,50 +74,44 @@ webhook_events = sa.Table(
     sa.Index("ix_webhook_events_position", "position"),
     sa.Index("ix_webhook_events_user_id", "user_id", "received_at"),
     # By these two a deleted customer's events are found; refunds and disputes name no customer.
-    sa.Index(
+    _partial_index(
         "ix_webhook_events_customer_id",
         "customer_id",
         "account",
         "livemode",
-        postgresql_where=sa.text("customer_id IS NOT NULL"),
-        sqlite_where=sa.text("customer_id IS NOT NULL"),
+        where="customer_id IS NOT NULL",
     ),
-    sa.Index(
+    _partial_index(
         "ix_webhook_events_subject_without_customer",
         "subject_key",
         "account",
         "livemode",
-        postgresql_where=sa.text("customer_id IS NULL"),
-        sqlite_where=sa.text("customer_id IS NULL"),
+        where="customer_id IS NULL",
     ),
     # What somebody should look at, the newest first; there should be little of it among very much.
-    sa.Index(
+    _partial_index(
         "ix_webhook_events_parked",
         "received_at",
-        postgresql_where=sa.text("status = 'parked'"),
-        sqlite_where=sa.text("status = 'parked'"),
+        where="status = 'parked'",
     ),
-    sa.Index(
+    _partial_index(
         "ix_webhook_events_failed",
         "received_at",
-        postgresql_where=sa.text("status = 'failed'"),
-        sqlite_where=sa.text("status = 'failed'"),
+        where="status = 'failed'",
     ),
-    sa.Index(
+    _partial_index(
         "ix_webhook_events_waiting_subject",
         "subject_key",
         "account",
         "livemode",
-        postgresql_where=sa.text("status = 'parked'"),
-        sqlite_where=sa.text("status = 'parked'"),
+        where="status = 'parked'",
     ),
-    sa.Index(
+    _partial_index(
         "ix_webhook_events_waiting_customer",
         "customer_id",
         "account",
         "livemode",
-        postgresql_where=sa.text("status = 'parked'"),
-        sqlite_where=sa.text("status = 'parked'"),
+        where="status = 'parked'",
     ),
     postgresql_partition_by="RANGE (occurred_at)",
 )
@@ -253,29 +253,26 @@ payment_events = sa.Table(
     sa.PrimaryKeyConstraint("account", "livemode", "effect_key", "created_at"),
     sa.Index("ix_payment_events_user_id", "user_id", "created_at"),
     sa.Index("ix_payment_events_created_at", "created_at"),
-    sa.Index(
+    _partial_index(
         "ix_payment_events_unattributed_customer",
         "customer_id",
         "account",
         "livemode",
-        postgresql_where=sa.text("user_id IS NULL"),
-        sqlite_where=sa.text("user_id IS NULL"),
+        where="user_id IS NULL",
     ),
-    sa.Index(
+    _partial_index(
         "ix_payment_events_unattributed_subject",
         "subject_key",
         "account",
         "livemode",
-        postgresql_where=sa.text("user_id IS NULL"),
-        sqlite_where=sa.text("user_id IS NULL"),
+        where="user_id IS NULL",
     ),
-    sa.Index(
+    _partial_index(
         "ix_payment_events_unnamed_subject",
         "subject_key",
         "account",
         "livemode",
-        postgresql_where=sa.text("plan_code IS NULL"),
-        sqlite_where=sa.text("plan_code IS NULL"),
+        where="plan_code IS NULL",
     ),
     postgresql_partition_by="RANGE (created_at)",
 )

@@ -47,6 +47,7 @@ from backend.app.core.clock import Clock
 from backend.app.core.database import Database, Tx
 from backend.app.core.errors import StoreUnavailable
 from backend.app.core.ids import new_id
+from backend.app.core.progress import Progress, silent
 
 ACTOR = "cli:rebuild"
 CAUSE = "rebuild"
@@ -68,14 +69,6 @@ class Report:
     differences: Sequence[Difference]
 
 
-# Called with what is being done, how many of it are done, and how many there are (0: not known yet).
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    """Nobody is watching."""
-
-
 class Rebuild:
     """Compares or corrects one deployment's derived tables; `livemode` is the mode it grants for.
 
@@ -90,7 +83,7 @@ class Rebuild:
         *,
         clock: Clock,
         livemode: bool,
-        progress: Progress = _silent,
+        progress: Progress = silent,
         file: Path | None = None,
     ) -> None:
         self._database = database

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -25,6 +25,7 @@ from backend.app.billing.store_retention import Body, OldBody, Place
 from backend.app.core.clock import Clock, iso, months_before
 from backend.app.core.database import Database, Tx
 from backend.app.core.ids import new_id
+from backend.app.core.progress import Progress, silent
 
 ACTOR = "cli:retention"
 
@@ -38,13 +39,6 @@ BATCH_BYTES_MAX = 4_194_304
 REST_SHARE = 1.0
 # Enough to see what is wrong with them; the report is no place for thousands.
 UNREADABLE_SHOWN_MAX = 10
-
-# Called with what is counted, how many of it so far, and 0, because how many there are is not known.
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    """Nobody is watching."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,9 +73,7 @@ class Retention:
     is done without looking at the bodies.
     """
 
-    def __init__(
-        self, database: Database, clock: Clock, *, months: int, progress: Progress = _silent
-    ) -> None:
+    def __init__(self, database: Database, clock: Clock, *, months: int, progress: Progress = silent) -> None:
         self._database = database
         self._clock = clock
         self._months = months

@@ -71,7 +71,7 @@ async def stored_answers(tx: Tx, events: Sequence[Event]) -> dict[EventKey, str]
     if not events:
         return {}
     columns = webhook_events.c
-    keys = [SubjectId(*event.key) for event in events]
+    keys = [event.key for event in events]
     result = await tx.execute(
         sa.select(columns.account, columns.livemode, columns.event_id, columns.answer).where(
             named_in(webhook_events, "event_id", keys)
@@ -241,25 +241,22 @@ async def forget_waiting(tx: Tx, names: Collection[SubjectId]) -> None:
     waiting = waiting_names.c
     events, lines = webhook_events.c, payment_events.c
     customer = sa.func.substr(waiting.name, len("cus:") + 1)
-    still_waits = [
-        sa.and_(events.status == PARKED, events.subject_key == waiting.name),
-        sa.and_(events.status == PARKED, waiting.name.like("cus:%"), events.customer_id == customer),
-        sa.and_(lines.user_id.is_(None), lines.subject_key == waiting.name),
-        sa.and_(lines.plan_code.is_(None), lines.subject_key == waiting.name),
-        sa.and_(lines.user_id.is_(None), waiting.name.like("cus:%"), lines.customer_id == customer),
-    ]
+    is_customer = waiting.name.like("cus:%")
+    still_waits = (
+        (events, sa.and_(events.status == PARKED, events.subject_key == waiting.name)),
+        (events, sa.and_(events.status == PARKED, is_customer, events.customer_id == customer)),
+        (lines, sa.and_(lines.user_id.is_(None), lines.subject_key == waiting.name)),
+        (lines, sa.and_(lines.plan_code.is_(None), lines.subject_key == waiting.name)),
+        (lines, sa.and_(lines.user_id.is_(None), is_customer, lines.customer_id == customer)),
+    )
     await tx.execute(
         waiting_names.delete().where(
             named_in(waiting_names, "name", names),
             *(
                 ~sa.exists()
-                .where(condition, table.c.account == waiting.account, table.c.livemode == waiting.livemode)
+                .where(condition, columns.account == waiting.account, columns.livemode == waiting.livemode)
                 .correlate(waiting_names)
-                for table, condition in zip(
-                    (webhook_events, webhook_events, payment_events, payment_events, payment_events),
-                    still_waits,
-                    strict=True,
-                )
+                for columns, condition in still_waits
             ),
         )
     )
@@ -373,15 +370,14 @@ def insert_events(events: Sequence[StoredEvent]) -> Insert:
 
 
 async def advance_positions(tx: Tx) -> None:
-    """Lets positions go on after the greatest one: a copy of a database that was not made by dump may have begun anew."""
-    if tx.dialect.name == "postgresql":
-        await tx.execute(
-            sa.text(
-                """SELECT setval('webhook_event_positions', newest)
-                FROM (SELECT max(position) AS newest FROM webhook_events) known, webhook_event_positions
-                WHERE newest >= last_value"""
-            )
+    """Lets PostgreSQL's positions go on after the greatest one: a copy that was not made by dump may have begun anew."""
+    await tx.execute(
+        sa.text(
+            """SELECT setval('webhook_event_positions', newest)
+            FROM (SELECT max(position) AS newest FROM webhook_events) known, webhook_event_positions
+            WHERE newest >= last_value"""
         )
+    )
 
 
 async def save_failed_attempt(
@@ -522,7 +518,7 @@ def _is_event(event: Event) -> sa.ColumnElement[bool]:
 
 
 def named_in(
-    table: sa.Table, column: str, names: Collection[SubjectId] | Collection[CustomerId]
+    table: sa.Table, column: str, names: Collection[tuple[str, bool, str]]
 ) -> sa.ColumnElement[bool]:
     """Rows whose (account, livemode, column) is one of the names, as one indexable condition per scope."""
     scopes: dict[tuple[str, bool], list[str]] = {}

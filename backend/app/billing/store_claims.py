@@ -54,7 +54,7 @@ async def claim(
     rows = await fetch(
         tx,
         statement(tx.dialect.name, "claims"),
-        (keys_json(named.subjects), keys_json(named.customers), json.dumps(sorted(events)), of_events, now),
+        (keys_json(named.subjects), keys_json(named.customers), keys_json(events), of_events, now),
     )
     told = [row for row in rows if row[0] not in {"event", "money"}]
     return Claimed(

@@ -413,14 +413,15 @@ async def write_rows(
     """Makes rows what they should be, of which some are `new`; None deletes one. The bytes that came are never touched."""
     table = derived.table
     is_row = sa.and_(*(table.c[name] == sa.bindparam(f"key_{name}") for name in derived.key))
-    second = [key for key, row in changes if row is None and len(key) > len(derived.key)]
+    too_many = [key for key, row in changes if row is None]
+    second = [key for key in too_many if len(key) > len(derived.key)]
     if second and derived.twice_by is not None:
         is_second = table.c[derived.twice_by] == sa.bindparam("key_twice")
         await tx.execute(
             table.delete().where(is_row, is_second),
             [{**_bound(derived, key[:-1]), "key_twice": key[-1]} for key in second],
         )
-    gone = [_bound(derived, key) for key, row in changes if row is None and key not in second]
+    gone = [_bound(derived, key) for key in too_many if len(key) == len(derived.key)]
     if gone:
         await tx.execute(table.delete().where(is_row), gone)
     kept = [(key, {name: row[name] for name in derived.columns}) for key, row in changes if row is not None]

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from backend.app.billing import store
 from backend.app.billing.domain.decide import Status
-from backend.app.billing.domain.facts import EventKey, SubjectId
+from backend.app.billing.domain.facts import EventKey
 from backend.app.billing.models import webhook_events
 from backend.app.core.database import Tx
 
@@ -113,7 +113,7 @@ async def load_bodies(tx: Tx, keys: Collection[EventKey], *, holds: bool) -> lis
         columns.occurred_at,
         columns.payload,
     ).where(
-        store.named_in(webhook_events, "event_id", [SubjectId(*key) for key in keys]),
+        store.named_in(webhook_events, "event_id", keys),
         columns.status.in_(_SETTLED),
         columns.payload.is_not(None),
     )

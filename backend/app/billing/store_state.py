@@ -74,7 +74,7 @@ async def load_locked(tx: Tx, named: Parties, parties: Parties | None = None) ->
         return await _load(tx, parties)
     for _ in range(LOCK_ROUNDS_MAX):
         # One round trip for both; the numbers stand in the text, because a message of several statements has no parameters.
-        await run(tx, f"{_SAVEPOINT}; {_LOCK.format(','.join(map(str, _lock_numbers(parties.names))))}")
+        await run(tx, f"{_SAVEPOINT}; {_lock_sql(parties.names)}")
         state, waiting = await _load(tx, parties)
         if _reached(state, named).names <= parties.names:
             return state, waiting
@@ -103,7 +103,6 @@ def _reached(state: State, named: Parties) -> Parties:
 
 _SAVEPOINT = "SAVEPOINT before_locks"
 _ROLLBACK = "ROLLBACK TO SAVEPOINT before_locks"
-_LOCK = "SELECT count(pg_advisory_xact_lock(number)) FROM unnest('{{{}}}'::bigint[]) number"
 
 
 async def lock_names(tx: Tx, names: Collection[str]) -> None:
@@ -111,11 +110,12 @@ async def lock_names(tx: Tx, names: Collection[str]) -> None:
     if tx.dialect.name != "postgresql":
         return
     if names:
-        await run(tx, _LOCK.format(",".join(map(str, _lock_numbers(names)))))
+        await run(tx, _lock_sql(names))
 
 
-def _lock_numbers(names: Iterable[str]) -> list[int]:
-    return sorted({_lock_number(name) for name in names})
+def _lock_sql(names: Iterable[str]) -> str:
+    numbers = ",".join(map(str, sorted({_lock_number(name) for name in names})))
+    return f"SELECT count(pg_advisory_xact_lock(number)) FROM unnest('{{{numbers}}}'::bigint[]) number"  # noqa: S608  # numbers of our own
 
 
 def _lock_number(name: str) -> int:
@@ -250,6 +250,6 @@ def _entitlement(user_id: str, told: list[Any]) -> Entitlement:
     )
 
 
-def keys_json(names: Collection[SubjectId] | Collection[CustomerId]) -> str:
+def keys_json(names: Collection[tuple[str, bool, str]]) -> str:
     """Names as a statement's parameter."""
     return json.dumps(sorted(names))

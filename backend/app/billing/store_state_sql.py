@@ -14,8 +14,9 @@ import re
 FACTS_PER_SUBJECT_MAX = 64
 
 # In what follows `{keys:1}` stands for the first parameter, which is JSON, as rows (account, livemode, key);
-# `{money:1}` for one whose rows also tell `of` which event it is, and their `place`; `{texts:1}` for one as rows (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each
-# row up by itself, `{some:condition}` the facts that it selects for each row; `{row}` makes a JSON array.
+# `{money:1}` for one whose rows also tell `of` which event it is, and their `place`; `{texts:1}` for one as rows
+# (text); `{1}` for its bare value. `{find:table:condition}` joins a table by looking each row up by itself,
+# `{some:condition}` the facts that it selects for each row; `{row}` makes a JSON array.
 
 # Claims events (3), and the money (4) of those that were not claimed before, at an instant (5). In the order in which
 # they are given; a claim that another transaction is just making is waited for.

@@ -155,8 +155,9 @@ class BillingWebhooks:
 
     async def prepare(self) -> None:
         """What is to be done before the first delivery."""
-        async with self._database.transaction() as tx:
-            await store.advance_positions(tx)
+        if not self._database.is_sqlite:
+            async with self._database.transaction() as tx:
+                await store.advance_positions(tx)
         await self.rerun_parked()
 
     async def rerun_parked(self) -> int:

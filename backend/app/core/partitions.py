@@ -37,7 +37,7 @@ async def create_months(tx: Tx) -> None:
         return
     now = await database_now(tx)
     for table in metadata.sorted_tables:
-        column = _partition_column(table)
+        column = partition_column(table)
         if column is not None:
             await _create_months_of(tx, table.name, column, now)
 
@@ -54,7 +54,8 @@ def month_name(table: str, month: date) -> str:
     return f"{table}_{month:%Y_%m}"
 
 
-def _partition_column(table: sa.Table) -> str | None:
+def partition_column(table: sa.Table) -> str | None:
+    """The column by whose months a table is kept, or None."""
     spelled = table.dialect_options["postgresql"]["partition_by"]
     return None if spelled is None else spelled.removeprefix("RANGE (").removesuffix(")")
 

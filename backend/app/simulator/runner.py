@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,6 +16,7 @@ from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.routes import WEBHOOK_PATH
 from backend.app.billing.security import sign
 from backend.app.core.clock import Clock, from_unix, iso
+from backend.app.core.progress import Progress
 from backend.app.simulator.delivery import Network, Route, route
 from backend.app.simulator.objects import Json
 from backend.app.simulator.replay import Difference, compare, differences, instants, play
@@ -31,9 +32,6 @@ RETRY_SECONDS = 0.5
 ANSWER_SECONDS_MAX = 15
 # Instants asked about per user over HTTP, chosen at random from those worth it.
 QUESTIONS_PER_USER = 8
-
-# Told after each step: how much of it is done, and of how many.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

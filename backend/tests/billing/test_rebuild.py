@@ -187,6 +187,10 @@ async def test_a_second_run_finds_nothing_to_do(service: Harness) -> None:
 
 async def test_everything_derived_can_be_lost_and_made_again(service: Harness) -> None:
     await shaken(service, users=3, seed=5)
+    await lose_and_make_again(service)
+
+
+async def lose_and_make_again(service: Harness) -> None:
     tables = [derived for derived in rows.REPLAYED if derived is not rows.EVENTS]
     before = [await contents(service, derived) for derived in tables]
     async with service.service.database.transaction() as tx:
