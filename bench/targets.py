@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.growth import Growth
+from bench.growth import Growth, GrowthPoint
 from bench.pgbench import SINGLE
 from bench.reads import ANEW, KNOWN, ReadSpeed
 from bench.reads import CONNECTIONS as READ_CONNECTIONS
@@ -103,8 +103,7 @@ def verdicts(samples: Samples, reads: Sequence[ReadSpeed], growth: Growth | None
             )
         )
     found += _reads(reads)
-    found.append(_growth(growth))
-    return found
+    return found + _growth(growth)
 
 
 def per_second(samples: Samples, name: str, connections: int) -> list[float]:
@@ -140,15 +139,22 @@ def _at_or_over(least: float) -> Callable[[float], bool]:
     return lambda median: median >= least
 
 
-def _growth(growth: Growth | None) -> Verdict:
-    point = growth.everybody[-1] if growth is not None else None
-    where = f"at {point.stored:,} stored events" if point is not None else "with a long history"
-    return _verdict(
-        f"CPU per event {where}: to that with a short one",
-        f"at most {GROWTH_RATIO_MAX:g}",
-        point.cost_ratio if point is not None else None,
-        lambda median: median <= GROWTH_RATIO_MAX,
-    )
+def _growth(growth: Growth | None) -> list[Verdict]:
+    curves: dict[str, Sequence[GrowthPoint]] = {"stored events": growth.everybody if growth else ()}
+    for kind, points in (growth.one_user if growth else {}).items():
+        curves[f"{kind} of one user"] = points
+    found = []
+    for what, points in curves.items():
+        where = f"at {points[-1].stored:,} {what}" if points else "with a long history"
+        found.append(
+            _verdict(
+                f"CPU per event {where}: to that with a short one",
+                f"at most {GROWTH_RATIO_MAX:g}",
+                points[-1].cost_ratio if points else None,
+                lambda median: median <= GROWTH_RATIO_MAX,
+            )
+        )
+    return found
 
 
 def _at_least(

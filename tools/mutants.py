@@ -30,6 +30,7 @@ FLOW_TESTS = ("backend/tests/billing/test_flows.py", "backend/tests/billing/test
 BATCH_TESTS = "backend/tests/faults/test_batches.py"
 REVIEW_TESTS = ("backend/tests/test_pr_040_security.py",)
 RETENTION_TESTS = ("backend/tests/billing/test_retention.py",)
+HISTORY_TESTS = ("backend/tests/billing/test_long_histories.py",)
 ANSWER_TESTS = ("backend/tests/billing/test_answers.py",)
 
 
@@ -45,6 +46,27 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant(
+        name="a link that comes after a payment's dispute does not take it along",
+        path=f"{BILLING}/domain/decide.py",
+        before="    inherited = state.inherited(facts, new_links)",
+        after="    inherited = state.inherited(facts, [])",
+        tests=DOMAIN_TESTS,
+    ),
+    Mutant(
+        name="what waits is not known to what it bears on",
+        path=f"{BILLING}/apply.py",
+        before="                names = states[number].above(_waits(each.event, decision))",
+        after="                names = _waits(each.event, decision)",
+        tests=FLOW_TESTS,
+    ),
+    Mutant(
+        name="the waiting of a payment does not follow a later link",
+        path=f"{BILLING}/apply.py",
+        before="                linked = states[number].above({child for child, _ in decision.links} & waiting)",
+        after="                linked: set[SubjectId] = set()",
+        tests=HISTORY_TESTS,
+    ),
     Mutant(
         name="snapshots are ordered by their event's time alone",
         path=f"{BILLING}/domain/timeline.py",

@@ -23,13 +23,11 @@ from backend.app.billing.domain.catalog import Catalog
 from backend.app.billing.domain.components import components, customer_name
 from backend.app.billing.domain.decide import (
     NO_USER,
-    Attribution,
     Decision,
     EntitlementChange,
     Notice,
     Payment,
     Status,
-    Waiting,
     decide,
 )
 from backend.app.billing.domain.facts import (
@@ -42,6 +40,7 @@ from backend.app.billing.domain.facts import (
     SubjectId,
     Translation,
 )
+from backend.app.billing.domain.state import below
 from backend.app.billing.models import PaymentEvent
 from backend.app.billing.pseudonymise import deleted_customers, pseudonymise_message
 from backend.app.billing.reread import reread_message
@@ -160,12 +159,17 @@ class Applier:
                     self._catalog, states[number], each.event, each.asserts, now=now
                 )
                 states[number] = states[number].within(
-                    FACTS_PER_SUBJECT_MAX, [subject for subject, _ in decision.facts]
+                    FACTS_PER_SUBJECT_MAX,
+                    [subject for subject, _ in (*decision.facts, *decision.inherited)],
                 )
                 writes.add(each.event, decision)
+                # What waits does so under the name of all that it bears on too: there its user may be found.
+                linked = states[number].above({child for child, _ in decision.links} & waiting)
+                waiting |= linked
+                writes.waiting |= linked
                 if _concerns(decision, waiting):
-                    await writes.attribute(each.event, decision)
-                names = _waits(each.event, decision)
+                    waiting -= await writes.attribute(each.event, decision)
+                names = states[number].above(_waits(each.event, decision))
                 waiting |= names
                 writes.waiting |= names
             if self._rereads and not each.event.id.startswith("read_"):
@@ -234,7 +238,10 @@ class _Writes:
             [
                 store.insert_ties([tie for _, decision in decided for tie in decision.ties]),
                 store.insert_links([link for _, decision in decided for link in decision.links]),
-                store.insert_facts([fact for _, decision in decided for fact in decision.facts]),
+                store.insert_facts(
+                    [fact for _, decision in decided for fact in decision.facts],
+                    [fact for _, decision in decided for fact in decision.inherited],
+                ),
                 store.insert_sources(list(sources.items()), now=now),
                 *store.insert_entitlements(changes, now=now),
                 store.insert_payments(lines),
@@ -246,19 +253,27 @@ class _Writes:
         )
         self._decided, self.events, self._audit, self.waiting = [], [], [], set()
 
-    async def attribute(self, event: Event, decision: Decision) -> None:
-        """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events."""
+    async def attribute(self, event: Event, decision: Decision) -> set[SubjectId]:
+        """Gives what had waited for a user to that user: ledger lines, with their audit rows, and parked events.
+
+        The names under which nothing waits any more.
+        """
         await self._flush()
         actor = self._actor(event)
+        names = _helped(decision)
+        children = await store_state.load_below(self._tx, names, only_waiting=True)
         for attribution in decision.attributions:
-            for line in await store.attribute_payments(self._tx, attribution):
+            subjects = below(children, [attribution.source] if attribution.source else [])
+            for line in await store.attribute_payments(self._tx, attribution, subjects):
                 self._add_audit(_payment_audit("payment.attributed", line, actor, self._now))
         settled: list[tuple[str, str | None]] = []
         for waiting in decision.waiting:
-            await store.name_plans(self._tx, waiting)
-            settled += [
-                (event_id, waiting.user_id) for event_id in await store.settle_waiting(self._tx, waiting)
-            ]
+            subjects = below(children, [waiting.source])
+            await store.name_plans(self._tx, waiting, subjects)
+            parts = [subject for subject in subjects if subject != waiting.source]
+            for about, reason in (([waiting.source], waiting.reason), (parts, waiting.parts_reason)):
+                ended = await store.settle_waiting(self._tx, waiting, about, reason) if about else []
+                settled += [(event_id, waiting.user_id) for event_id in ended]
         for attribution in decision.attributions:
             settled += [
                 (event_id, attribution.user_id)
@@ -277,7 +292,11 @@ class _Writes:
                     created_at=self._now,
                 )
             )
-        await store.forget_waiting(self._tx, _helped(decision))
+        everything = below(children, names)
+        waits_still = await store.load_still_waiting(self._tx, everything)
+        over = {name for name in everything if waits_still.isdisjoint(below(children, [name]))}
+        await store.forget_waiting(self._tx, over)
+        return over
 
     def _actor(self, event: Event) -> str:
         return self._effects.actor or f"stripe:{event.id}"
@@ -340,14 +359,9 @@ def _concerns(decision: Decision, waiting: set[SubjectId]) -> bool:
 
 def _helped(decision: Decision) -> set[SubjectId]:
     """The names whose waiting a decision may end."""
-    targets: list[Attribution | Waiting] = [*decision.attributions, *decision.waiting]
-    return {name for each in targets for name in _targets(each)}
-
-
-def _targets(each: Attribution | Waiting) -> Iterable[SubjectId]:
-    if isinstance(each, Attribution) and each.customer is not None:
-        return (customer_name(each.customer),)
-    return each.subjects
+    names = {waiting.source for waiting in decision.waiting}
+    names |= {each.source for each in decision.attributions if each.source is not None}
+    return names | {customer_name(each.customer) for each in decision.attributions if each.customer}
 
 
 def _waits(event: Event, decision: Decision) -> set[SubjectId]:

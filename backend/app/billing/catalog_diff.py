@@ -5,7 +5,7 @@ diff = await compare_catalogs(database, old, new, now=...)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -13,9 +13,9 @@ from typing import Any
 
 from backend.app.billing import store_state
 from backend.app.billing.domain.catalog import Catalog
-from backend.app.billing.domain.facts import CustomerId, FeatureValue, SubjectId
+from backend.app.billing.domain.facts import FeatureValue, SubjectId
 from backend.app.billing.domain.merge import Entitlement, entitlement_of
-from backend.app.billing.domain.state import State
+from backend.app.billing.domain.state import State, around
 from backend.app.billing.store_rebuild import count_users, hold_still, load_users_after
 from backend.app.core.database import Database
 
@@ -204,32 +204,19 @@ def _end(before: datetime | None, after: datetime | None) -> Effect:
 
 
 def _by_user(state: State) -> Iterator[tuple[str, State]]:
-    """A page's state taken apart: reading a source looks at all links of its state."""
-    children: dict[SubjectId, list[SubjectId]] = {}
-    for child, parents in state.parents.items():
-        for parent in parents:
-            children.setdefault(parent, []).append(child)
+    """A page's state taken apart: what a user has is looked for among all sources of a state."""
     owned_by: dict[str, list[SubjectId]] = {}
     for source_id, owned in state.sources.items():
         if owned.user_id is not None:
             owned_by.setdefault(owned.user_id, []).append(source_id)
     for user_id, source_ids in owned_by.items():
-        yield user_id, _part(state, children, source_ids)
+        yield user_id, _part(state, source_ids)
 
 
-def _part(state: State, children: Mapping[SubjectId, list[SubjectId]], source_ids: list[SubjectId]) -> State:
-    related: set[SubjectId] = set()
-    waiting = list(source_ids)
-    for source_id in source_ids:
-        customer_id = state.sources[source_id].customer_id
-        if customer_id is not None:
-            customer = CustomerId(source_id.account, source_id.livemode, customer_id)
-            waiting.append(SubjectId(customer.account, customer.livemode, f"cus:{customer.id}"))
-    while waiting:
-        subject = waiting.pop()
-        if subject not in related:
-            related.add(subject)
-            waiting += children.get(subject, [])
+def _part(state: State, source_ids: list[SubjectId]) -> State:
+    related = set(source_ids).union(
+        *(around(source_id, state.sources[source_id].customer_id) for source_id in source_ids)
+    )
     return State(
         facts={subject: state.facts[subject] for subject in related if subject in state.facts},
         parents={subject: state.parents[subject] for subject in related if subject in state.parents},

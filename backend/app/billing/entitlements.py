@@ -5,6 +5,7 @@ Expiry is computed when it is read, so no timer can forget to revoke. Why it is 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,11 +18,12 @@ from backend.app.billing.domain.access import Access, Reading
 from backend.app.billing.domain.catalog import Catalog, Feature, FeatureType
 from backend.app.billing.domain.facts import FeatureValue, SubjectId
 from backend.app.billing.domain.merge import Entitlement, entitlement_of, feature_value, live_accesses
-from backend.app.billing.domain.state import State
+from backend.app.billing.domain.state import State, below
 from backend.app.billing.history import history_page
 from backend.app.billing.models import PaymentEvent, payment_events
 from backend.app.billing.providers.fields import ID_CHARACTERS_MAX
 from backend.app.billing.store_reads import UserRows
+from backend.app.billing.store_state import load_below
 from backend.app.core.clock import iso
 from backend.app.core.database import Database, Tx
 from backend.app.core.errors import NotFound
@@ -62,10 +64,11 @@ class FeatureCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """The ledger lines and audit rows behind a user's sources, the newest first."""
+    """The ledger lines and audit rows behind a user's sources, the newest first, and what bears on the sources."""
 
     payments: tuple[PaymentEvent, ...]
     audit: tuple[AuditLog, ...]
+    children: Mapping[SubjectId, Collection[SubjectId]]
 
 
 class EntitlementService:
@@ -184,7 +187,8 @@ def _lasting(access: Access) -> tuple[bool, float, SubjectId, str]:
 
 async def _load_evidence(tx: Tx, user_id: str, view: View) -> Evidence:
     """What was written about the events, objects and payments of a user's sources, as far as the view reaches."""
-    subjects = view.state.below(view.state.sources)
+    children = await load_below(tx, view.state.sources.keys())
+    subjects = below(children, view.state.sources)
     event_ids = {
         fact.event_id for source_id in view.state.sources for fact in view.state.source(source_id).facts
     }
@@ -227,7 +231,9 @@ async def _load_evidence(tx: Tx, user_id: str, view: View) -> Evidence:
     )
     newest = sa.select(concerned).order_by(concerned.c.created_at.desc(), concerned.c.id.desc())
     written = await tx.execute(newest.limit(EVIDENCE_ROWS_MAX))
-    return Evidence(payments=payments, audit=tuple(AuditLog(**row) for row in written.mappings()))
+    return Evidence(
+        payments=payments, audit=tuple(AuditLog(**row) for row in written.mappings()), children=children
+    )
 
 
 def entitlement_document(view: View) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from backend.app.billing.domain.facts import (
 )
 from backend.app.billing.domain.merge import Entitlement, boundaries, entitlement_of
 from backend.app.billing.domain.pricing import plans_of
+from backend.app.billing.domain.state import below
 from backend.app.billing.entitlements import Evidence, FeatureCheck, View, check_feature
 from backend.app.billing.models import PaymentEvent
 from backend.app.core.clock import iso
@@ -244,7 +245,7 @@ def _source_explanation(
     view: View, source_id: SubjectId, reading: Reading, evidence: Evidence
 ) -> SourceExplanation:
     source = view.state.source(source_id)
-    subjects = set(view.state.below({source_id}))
+    subjects = set(below(evidence.children, [source_id]))
     event_ids = {fact.event_id for fact in source.facts}
     payments = tuple(
         line

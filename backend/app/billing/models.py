@@ -142,17 +142,19 @@ sources = sa.Table(
     sa.Index("ix_sources_customer_id", "customer_id", "account", "livemode"),
 )
 
-# Every fact about a subject; `body` is the translated fact, `as_of` the event's own time. Facts of the kinds
-# `grant` and `claim` come from people; all others can be made again from `webhook_events`.
+# Every fact about a subject, and about all that bears on it: there it is `inherited`. `body` is the translated fact,
+# `as_of` the event's own time, `series` its kind, and of an invoice the state that it tells as well. A person's own
+# words, of the series `grant` and `claim`, come from nobody else; all others can be made again from `webhook_events`.
 facts = sa.Table(
     "facts",
     metadata,
     sa.Column("account", sa.Text, primary_key=True),
     sa.Column("livemode", sa.Boolean, primary_key=True),
     sa.Column("subject_key", sa.Text, primary_key=True),
-    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("series", sa.Text, primary_key=True),
     sa.Column("as_of", UtcDateTime, primary_key=True),
     sa.Column("event_id", sa.Text, primary_key=True),
+    sa.Column("inherited", sa.Boolean, nullable=False),
     sa.Column("body", Json, nullable=False),
 )
 

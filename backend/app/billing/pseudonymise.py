@@ -17,6 +17,7 @@ from backend.app.audit import log as audit_log
 from backend.app.audit.models import AuditLog
 from backend.app.billing import store, store_state
 from backend.app.billing.domain.facts import CustomerId, Event, SubjectId
+from backend.app.billing.domain.state import below
 from backend.app.billing.models import facts, webhook_events
 from backend.app.billing.personal_data import without_personal_data
 from backend.app.core.clock import Clock
@@ -62,7 +63,7 @@ async def deleted_customers(tx: Tx, customers: Collection[CustomerId]) -> set[Cu
     named = [SubjectId(account, livemode, f"cus:{key}") for account, livemode, key in customers]
     result = await tx.execute(
         sa.select(facts.c.account, facts.c.livemode, facts.c.subject_key).where(
-            store.named_in(facts, "subject_key", named), facts.c.kind == "ended"
+            store.named_in(facts, "subject_key", named), facts.c.series == "ended"
         )
     )
     return {CustomerId(account, livemode, key.removeprefix("cus:")) for account, livemode, key in result}
@@ -122,7 +123,8 @@ async def _subjects_of(tx: Tx, customer: CustomerId) -> list[str]:
         tx,
         store_state.Parties(subjects=frozenset(own), customers=frozenset({customer}), users=frozenset()),
     )
-    return [subject.key for subject in state.below({*own, *state.sources})]
+    own |= set(state.sources)
+    return [subject.key for subject in below(await store_state.load_below(tx, own), own)]
 
 
 async def _load_page(

@@ -28,8 +28,9 @@ from backend.app.billing.domain.facts import (
     Tie,
     Translation,
     Via,
+    series_of,
 )
-from backend.app.billing.domain.state import State
+from backend.app.billing.domain.state import State, below
 from backend.app.billing.party_index import Node, NodeKind, user_node
 from backend.app.billing.store_rebuild import DerivedTable, Key, Row, StoredEvent
 from backend.app.billing.store_state import FACT
@@ -143,6 +144,7 @@ class Replay:
         self._lines_of: defaultdict[CustomerId, list[Row]] = defaultdict(list)
         self._parked_about: defaultdict[SubjectId, list[Row]] = defaultdict(list)
         self._parked_of: defaultdict[CustomerId, list[Row]] = defaultdict(list)
+        self._children: defaultdict[SubjectId, set[SubjectId]] = defaultdict(set)
 
     def add(self, happening: Happening) -> None:
         """Decides on one event as the shell does and keeps every consequence."""
@@ -152,7 +154,9 @@ class Replay:
         self.state, decision = decide(
             self._catalog, self.state, happening.event, happening.asserts, now=happening.received_at
         )
-        self.state = self.state.within(FACTS_PER_SUBJECT_MAX, [subject for subject, _ in decision.facts])
+        self.state = self.state.within(
+            FACTS_PER_SUBJECT_MAX, [subject for subject, _ in (*decision.facts, *decision.inherited)]
+        )
         if not happening.is_of_party:
             return
         self._save_rows(decision)
@@ -167,12 +171,12 @@ class Replay:
         for (account, livemode, _), row in self._table(rows.EVENTS).items():
             # What can't be read waits for a newer Tollkeeper, and nobody else can help it.
             if row["status"] == Status.PARKED.value and not row["reason"].startswith("unreadable:"):
-                names |= _names(account, livemode, row["subject_key"], row["customer_id"])
+                names |= self._names(account, livemode, row["subject_key"], row["customer_id"])
         for (account, livemode, _), line in self._table(rows.PAYMENTS).items():
             if line["user_id"] is None:
-                names |= _names(account, livemode, line["subject_key"], line["customer_id"])
+                names |= self._names(account, livemode, line["subject_key"], line["customer_id"])
             elif line["plan_code"] is None:
-                names |= _names(account, livemode, line["subject_key"], None)
+                names |= self._names(account, livemode, line["subject_key"], None)
 
     def _save_rows(self, decision: Decision) -> None:
         for customer, tie in decision.ties:
@@ -185,12 +189,14 @@ class Replay:
                 ties[key] = {"occurred_at": tie.occurred_at, "event_id": tie.event_id}
         for child, parent in decision.links:
             self._table(rows.LINKS)[*child, parent.key] = {}
-        for subject, fact in decision.facts:
-            if fact.kind not in rows.MANUAL_KINDS:
-                self._table(rows.FACTS).setdefault(
-                    (*subject, fact.kind, fact.as_of, fact.event_id),
-                    {"body": FACT.dump_python(fact, mode="json")},
-                )
+            self._children[parent].add(child)
+        for told, is_inherited in ((decision.facts, False), (decision.inherited, True)):
+            for subject, fact in told:
+                if is_inherited or fact.kind not in rows.MANUAL_KINDS:
+                    self._table(rows.FACTS).setdefault(
+                        (*subject, series_of(fact), fact.as_of, fact.event_id),
+                        {"inherited": is_inherited, "body": FACT.dump_python(fact, mode="json")},
+                    )
         for source, owned in decision.sources:
             if source.kind != "grant":
                 self._table(rows.SOURCES)[tuple(source)] = {
@@ -261,22 +267,26 @@ class Replay:
         lines = (
             [self._lines_of.get(attribution.customer, [])]
             if attribution.customer is not None
-            else [self._lines_about.get(subject, []) for subject in attribution.subjects]
+            else [
+                self._lines_about.get(subject, [])
+                for subject in below(self._children, [attribution.source] if attribution.source else [])
+            ]
         )
         for line in (line for found in lines for line in found):
             line["user_id"] = line["user_id"] or attribution.user_id
 
     def _name_plans(self, waiting: Waiting) -> None:
-        for subject in waiting.subjects:
+        for subject in below(self._children, [waiting.source]):
             for line in self._lines_about.get(subject, []):
                 line["plan_code"] = line["plan_code"] or waiting.plan_code
 
     def _settle(self, waiting: Waiting) -> None:
-        for subject in waiting.subjects:
+        for subject in below(self._children, [waiting.source]):
+            reason = waiting.reason if subject == waiting.source else waiting.parts_reason
             for row in self._parked_about.get(subject, []):
                 if row["status"] == Status.PARKED.value:
-                    row["status"] = (Status.SUCCESS if waiting.reason is None else Status.PARKED).value
-                    row["reason"] = waiting.reason
+                    row["status"] = (Status.SUCCESS if reason is None else Status.PARKED).value
+                    row["reason"] = reason
                     row["user_id"] = waiting.user_id
                     row["plan_code"] = waiting.plan_code or row["plan_code"]
 
@@ -287,13 +297,15 @@ class Replay:
             if row["status"] == Status.PARKED.value and row["reason"] == NO_USER:
                 row.update(status=Status.SUCCESS.value, reason=None, user_id=attribution.user_id)
 
+    def _names(
+        self, account: str, livemode: bool, subject_key: str | None, customer_id: str | None
+    ) -> dict[Key, Row]:
+        names = (subject_key, None if customer_id is None else f"cus:{customer_id}")
+        waiting = {SubjectId(account, livemode, name) for name in names if name is not None}
+        return {tuple(name): {} for name in self.state.above(waiting)}
+
     def _table(self, derived: DerivedTable) -> dict[Key, Row]:
         return self.tables[derived.table.name]
-
-
-def _names(account: str, livemode: bool, subject_key: str | None, customer_id: str | None) -> dict[Key, Row]:
-    names = (subject_key, None if customer_id is None else f"cus:{customer_id}")
-    return {(account, livemode, name): {} for name in names if name is not None}
 
 
 def _word(row: Row, event_id: str, event_type: str, at: datetime) -> Event:

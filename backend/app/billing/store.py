@@ -13,7 +13,16 @@ from typing import Any
 import sqlalchemy as sa
 
 from backend.app.billing.domain.decide import Attribution, EntitlementChange, Status, Waiting
-from backend.app.billing.domain.facts import CustomerId, Event, EventKey, Fact, SubjectId, Tie, Via
+from backend.app.billing.domain.facts import (
+    CustomerId,
+    Event,
+    EventKey,
+    Fact,
+    SubjectId,
+    Tie,
+    Via,
+    series_of,
+)
 from backend.app.billing.domain.state import Owned
 from backend.app.billing.models import (
     PaymentEvent,
@@ -101,8 +110,10 @@ def insert_sources(touched: Sequence[tuple[SubjectId, Owned]], *, now: datetime)
     )
 
 
-def insert_facts(new: Sequence[tuple[SubjectId, Fact]]) -> Insert:
-    """Adds facts; one that is there already stays as it is."""
+def insert_facts(
+    own: Sequence[tuple[SubjectId, Fact]], inherited: Sequence[tuple[SubjectId, Fact]]
+) -> Insert:
+    """Adds subjects' own facts and those of what bears on them; one that is there already stays as it is."""
     return Insert(
         facts,
         [
@@ -110,11 +121,13 @@ def insert_facts(new: Sequence[tuple[SubjectId, Fact]]) -> Insert:
                 "account": subject.account,
                 "livemode": subject.livemode,
                 "subject_key": subject.key,
-                "kind": fact.kind,
+                "series": series_of(fact),
                 "as_of": fact.as_of,
                 "event_id": fact.event_id,
+                "inherited": is_inherited,
                 "body": FACT.dump_python(fact, mode="json"),
             }
+            for new, is_inherited in ((own, False), (inherited, True))
             for subject, fact in new
         ],
         "ON CONFLICT DO NOTHING",
@@ -236,8 +249,8 @@ def insert_waiting(names: Collection[SubjectId]) -> Insert:
     )
 
 
-async def forget_waiting(tx: Tx, names: Collection[SubjectId]) -> None:
-    """Lets go of those of the names under which nothing waits any more."""
+async def load_still_waiting(tx: Tx, names: Collection[SubjectId]) -> set[SubjectId]:
+    """Those of the names that something waits for itself, rather than for what bears on them."""
     waiting = waiting_names.c
     events, lines = webhook_events.c, payment_events.c
     customer = sa.func.substr(waiting.name, len("cus:") + 1)
@@ -249,21 +262,36 @@ async def forget_waiting(tx: Tx, names: Collection[SubjectId]) -> None:
         (lines, sa.and_(lines.plan_code.is_(None), lines.subject_key == waiting.name)),
         (lines, sa.and_(lines.user_id.is_(None), is_customer, lines.customer_id == customer)),
     )
-    await tx.execute(
-        waiting_names.delete().where(
+    result = await tx.execute(
+        sa.select(waiting.account, waiting.livemode, waiting.name).where(
             named_in(waiting_names, "name", names),
-            *(
-                ~sa.exists()
-                .where(condition, columns.account == waiting.account, columns.livemode == waiting.livemode)
-                .correlate(waiting_names)
-                for columns, condition in still_waits
+            sa.or_(
+                *(
+                    sa.exists()
+                    .where(
+                        condition, columns.account == waiting.account, columns.livemode == waiting.livemode
+                    )
+                    .correlate(waiting_names)
+                    for columns, condition in still_waits
+                )
             ),
         )
     )
+    return {SubjectId(*row) for row in result}
 
 
-async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEvent]:
-    """Gives the ledger lines that waited for a source's or customer's user to that user; the lines it gave."""
+async def forget_waiting(tx: Tx, names: Collection[SubjectId]) -> None:
+    """Lets go of names under which nothing waits any more."""
+    await tx.execute(waiting_names.delete().where(named_in(waiting_names, "name", names)))
+
+
+async def attribute_payments(
+    tx: Tx, attribution: Attribution, subjects: Collection[SubjectId]
+) -> list[PaymentEvent]:
+    """Gives the ledger lines that waited for a source's or customer's user to that user; the lines it gave.
+
+    `subjects` are the source, if it is about one, and all that bears on it.
+    """
     columns = payment_events.c
     if attribution.customer is not None:
         account, livemode, customer_id = attribution.customer
@@ -271,7 +299,7 @@ async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEv
             columns.account == account, columns.livemode == livemode, columns.customer_id == customer_id
         )
     else:
-        about = named_in(payment_events, "subject_key", attribution.subjects)
+        about = named_in(payment_events, "subject_key", subjects)
     result = await tx.execute(
         payment_events.update()
         .where(about, columns.user_id.is_(None))
@@ -281,34 +309,34 @@ async def attribute_payments(tx: Tx, attribution: Attribution) -> list[PaymentEv
     return [PaymentEvent(**row) for row in result.mappings()]
 
 
-async def name_plans(tx: Tx, waiting: Waiting) -> None:
-    """Writes a source's plan into the lines about it that could not name one when they came."""
+async def name_plans(tx: Tx, waiting: Waiting, subjects: Collection[SubjectId]) -> None:
+    """Writes a source's plan into the lines about it, or what bears on it, that could not name one when they came."""
     if waiting.plan_code is None:
         return
     await tx.execute(
         payment_events.update()
-        .where(
-            named_in(payment_events, "subject_key", waiting.subjects), payment_events.c.plan_code.is_(None)
-        )
+        .where(named_in(payment_events, "subject_key", subjects), payment_events.c.plan_code.is_(None))
         .values(plan_code=waiting.plan_code)
     )
 
 
-async def settle_waiting(tx: Tx, waiting: Waiting) -> list[str]:
-    """Tells the parked events of a source what they wait for now, or that it is over; ids of those that ended."""
+async def settle_waiting(
+    tx: Tx, waiting: Waiting, subjects: Collection[SubjectId], reason: str | None
+) -> list[str]:
+    """Tells the parked events about subjects of a source what they wait for now, or that it is over; ids of those that ended."""
     columns = webhook_events.c
-    over = waiting.reason is None
+    over = reason is None
     result = await tx.execute(
         webhook_events.update()
         .where(
-            named_in(webhook_events, "subject_key", waiting.subjects),
+            named_in(webhook_events, "subject_key", subjects),
             columns.status == PARKED,
             # What could not be read is no wiser now.
             columns.reason.not_like("unreadable:%"),
         )
         .values(
             status=(Status.SUCCESS if over else Status.PARKED).value,
-            reason=waiting.reason,
+            reason=reason,
             user_id=waiting.user_id,
             plan_code=sa.func.coalesce(waiting.plan_code, columns.plan_code),
         )

@@ -110,7 +110,7 @@ async def load_grant_facts(tx: Tx, subjects: Sequence[SubjectId]) -> dict[Subjec
             sa.tuple_(columns.account, columns.livemode, columns.subject_key).in_(
                 [tuple(subject) for subject in subjects]
             ),
-            columns.kind == "grant",
+            columns.series == "grant",
         )
         .order_by(columns.as_of, columns.event_id)
     )
@@ -152,7 +152,7 @@ async def newest_claim_at(
     if subjects:
         place = sa.tuple_(facts.c.account, facts.c.livemode, facts.c.subject_key)
         statement = sa.select(sa.func.max(facts.c.as_of, type_=facts.c.as_of.type)).where(
-            place.in_([tuple(subject) for subject in subjects]), facts.c.kind == "claim"
+            place.in_([tuple(subject) for subject in subjects]), facts.c.series == "claim"
         )
         instants.append((await tx.execute(statement)).scalar_one())
     if customer is not None:

@@ -91,17 +91,13 @@ async def load_users(
 # `{row}` makes a JSON array of values, `{rows}` one of a group's rows in the order in which they come, `{json}` marks
 # what is JSON already. What bears on two users is gathered for each, so that no row has to be told apart later.
 _SQL = """
-    WITH RECURSIVE named(place, user_id) AS ({named}), owned AS (
+    WITH named(place, user_id) AS ({named}), owned AS (
         SELECT place, account, livemode, source_key, customer_id
         FROM named JOIN {sources}
     ), reached(place, account, livemode, key) AS (
         SELECT place, account, livemode, source_key FROM owned
         UNION SELECT place, account, livemode, 'cus:' || customer_id FROM owned WHERE customer_id IS NOT NULL
         UNION SELECT place, account, livemode, 'acct:' || account FROM owned WHERE account <> ''
-        UNION
-        SELECT reached.place, links.account, links.livemode, links.child
-        FROM reached JOIN {links}
-        WHERE links.account = reached.account AND links.livemode = reached.livemode
     ), gathered_sources AS (
         SELECT place, {rows}({json}(source)) AS sources FROM (
             SELECT place, {row}(account, livemode, source_key, customer_id) AS source
@@ -118,14 +114,14 @@ _SQL = """
             )), {json}((
                 SELECT {rows}({json}(body)) FROM (
                     SELECT body FROM (
-                        -- Each kind by itself, as decisions look at them.
-                        SELECT kind, as_of, event_id, body, row_number() OVER (
-                            PARTITION BY kind ORDER BY as_of DESC, event_id DESC
+                        -- Each series by itself, as decisions look at them.
+                        SELECT series, as_of, event_id, body, row_number() OVER (
+                            PARTITION BY series ORDER BY as_of DESC, event_id DESC
                         ) AS number
                         FROM facts WHERE facts.account = reached.account
                             AND facts.livemode = reached.livemode AND facts.subject_key = reached.key
                             AND {until}
-                    ) numbered WHERE number <= {newest} ORDER BY kind, as_of, event_id
+                    ) numbered WHERE number <= {newest} ORDER BY series, as_of, event_id
                 ) each_fact
             ))) AS subject
             FROM reached ORDER BY place, account, livemode, key
@@ -139,7 +135,6 @@ _SQL = """
     """
 _JOINED = {
     "sources": "sources.user_id = named.user_id",
-    "links": "links.parent = reached.key",
     "user_entitlements": "user_entitlements.user_id = named.user_id",
 }
 _WORDS = {

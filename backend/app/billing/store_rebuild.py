@@ -73,7 +73,9 @@ class DerivedTable:
 _SCOPE = ("account", "livemode")
 CLAIMS = DerivedTable(table=webhook_claims, key=(*_SCOPE, "event_id"), columns=())
 FACTS = DerivedTable(
-    table=facts, key=(*_SCOPE, "subject_key", "kind", "as_of", "event_id"), columns=("body",)
+    table=facts,
+    key=(*_SCOPE, "subject_key", "series", "as_of", "event_id"),
+    columns=("inherited", "body"),
 )
 LINKS = DerivedTable(table=links, key=(*_SCOPE, "child", "parent"), columns=())
 TIES = DerivedTable(
@@ -312,12 +314,7 @@ async def load_rows(tx: Tx, derived: DerivedTable, nodes: Collection[Node]) -> d
 async def load_manual_facts_after(tx: Tx, after: Key | None) -> list[Row]:
     """The next page of facts that people made, with their bodies."""
     columns = [facts.c[name] for name in FACTS.key]
-    statement = (
-        sa.select(*columns, facts.c.body)
-        .where(facts.c.kind.in_(MANUAL_KINDS))
-        .order_by(*columns)
-        .limit(PAGE_KEYS)
-    )
+    statement = sa.select(*columns, facts.c.body).where(_is_manual()).order_by(*columns).limit(PAGE_KEYS)
     if after is not None:
         literals = (sa.literal(part, column.type) for part, column in zip(after, columns, strict=True))
         statement = statement.where(sa.tuple_(*columns) > sa.tuple_(*literals))
@@ -328,7 +325,7 @@ async def load_manual_facts(tx: Tx, nodes: Collection[Node]) -> list[Row]:
     """The facts that people made about some subjects."""
     found: list[Row] = []
     for condition in _conditions(facts, NodeKind.SUBJECT, "subject_key", nodes):
-        result = await tx.execute(sa.select(facts).where(condition, facts.c.kind.in_(MANUAL_KINDS)))
+        result = await tx.execute(sa.select(facts).where(condition, _is_manual()))
         found += [dict(row) for row in result.mappings()]
     return found
 
@@ -494,7 +491,7 @@ def as_parties(nodes: Iterable[Node]) -> Parties:
 
 def _from_events(derived: DerivedTable) -> sa.ColumnElement[bool]:
     if derived is FACTS:
-        return facts.c.kind.not_in(MANUAL_KINDS)
+        return sa.not_(_is_manual())
     if derived is TIES:
         return customer_ties.c.via.not_in(OWN_TIES)
     if derived is SOURCES:
@@ -503,6 +500,11 @@ def _from_events(derived: DerivedTable) -> sa.ColumnElement[bool]:
     if derived is EVENTS:
         return sa.or_(webhook_events.c.status != FAILED, webhook_events.c.answer.is_not(None))
     return sa.true()
+
+
+def _is_manual() -> sa.ColumnElement[bool]:
+    """What a person said of a subject itself; what inherits it follows, as from an event."""
+    return sa.and_(facts.c.series.in_(MANUAL_KINDS), sa.not_(facts.c.inherited))
 
 
 def _conditions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from backend.app.billing.domain.facts import CustomerId, Fact, SubjectId, Tie, Via
 from backend.app.billing.domain.merge import Entitlement
-from backend.app.billing.domain.state import Owned, State
+from backend.app.billing.domain.state import Owned, State, children_of
 from backend.app.billing.store_state_sql import statement
 from backend.app.core.database import Tx, fetch, instant_parameter, known_instant, run
 from backend.app.core.errors import StoreUnavailable
@@ -150,7 +150,7 @@ async def load_state(tx: Tx, parties: Parties) -> State:
 
 
 async def load_state_of_users(tx: Tx, users: Collection[str], *, until: datetime | None = None) -> State:
-    """The sources of some users with all that bears on them, as far as it had occurred at an instant.
+    """The sources of some users with their facts, as far as these had occurred at an instant.
 
     Without ties and entitlements.
     """
@@ -162,6 +162,20 @@ async def load_state_of_users(tx: Tx, users: Collection[str], *, until: datetime
     for row in await fetch(tx, statement(tx.dialect.name, name), parameters):
         found.add(*row)
     return found.state()
+
+
+async def load_below(
+    tx: Tx, subjects: Collection[SubjectId], *, only_waiting: bool = False
+) -> Mapping[SubjectId, Collection[SubjectId]]:
+    """What bears on some subjects, on what bears on them, and so on: children by their parents.
+
+    With `only_waiting` those for which, or for what bears on them, an event is parked or a ledger line lacks something.
+    """
+    found = _Found()
+    name = "waiting_below" if only_waiting else "below"
+    for row in await fetch(tx, statement(tx.dialect.name, name), (keys_json(subjects),)):
+        found.add(*row)
+    return children_of(found.parents)
 
 
 async def load_ties(tx: Tx, customers: Collection[CustomerId]) -> dict[CustomerId, frozenset[Tie]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 
-# A decision looks at the newest facts of each kind of a subject only, so that its cost does not grow with
+# A decision looks at the newest facts of each series of a subject only, so that its cost does not grow with
 # history. A subscription past due through more snapshots than this would seem past due a little shorter.
 FACTS_PER_SUBJECT_MAX = 64
 
@@ -70,7 +70,8 @@ _CLAIMS = """
     UNION ALL SELECT 'event', account, livemode, event_id FROM claimed
     UNION ALL SELECT 'money', account, livemode, effect_key FROM paid"""
 
-# All that bears on the sources of some subjects (1), customers (2) and users (3).
+# The sources of some subjects (1), customers (2) and users (3), and what is around them. Whatever bears on a source is
+# among its own facts, so no link is followed downwards: a subscription of many years has thousands of payments.
 _REACHED = """
     WITH RECURSIVE owned(account, livemode, source_key, customer_id, user_id) AS (
         SELECT sources.account, sources.livemode, source_key, customer_id, user_id
@@ -91,14 +92,10 @@ _REACHED = """
         UNION SELECT account, livemode, 'cus:' || key FROM customers
         UNION SELECT account, livemode, 'acct:' || account FROM {keys:1} named WHERE account <> ''
         UNION SELECT account, livemode, 'acct:' || account FROM owned WHERE account <> ''
-        UNION
-        SELECT links.account, links.livemode, links.child
-        FROM reached {find:links:links.parent = reached.key}
-        WHERE links.account = reached.account AND links.livemode = reached.livemode
     ), """
 
-# Each kind by itself: a subscription's many snapshots must not push its one checkout out, which may
-# name the user and the plan. Few subjects have more facts than are looked at; only of those the kinds
+# Each series by itself: a subscription's many snapshots must not push its one checkout out, which may
+# name the user and the plan. Few subjects have more facts than are looked at; only of those the series
 # are gone through by the index, and of each the newest are read, so that a long history costs no more.
 _FACTS = """first AS (
         SELECT facts.account, facts.livemode, facts.subject_key, facts.body, count(*) OVER (
@@ -106,15 +103,15 @@ _FACTS = """first AS (
         ) AS count
         FROM reached {some:facts.account = reached.account AND facts.livemode = reached.livemode
             AND facts.subject_key = reached.key{until}
-            ORDER BY kind, as_of, event_id LIMIT {newest} + 1}
-    ), kinds(account, livemode, key, kind) AS (
+            ORDER BY series, as_of, event_id LIMIT {newest} + 1}
+    ), each_series(account, livemode, key, series) AS (
         SELECT DISTINCT account, livemode, subject_key, '' FROM first WHERE count > {newest}
         UNION ALL
         SELECT account, livemode, key, (
-            SELECT min(facts.kind) FROM facts WHERE facts.account = kinds.account
-                AND facts.livemode = kinds.livemode AND facts.subject_key = kinds.key
-                AND facts.kind > kinds.kind
-        ) FROM kinds WHERE kind IS NOT NULL
+            SELECT min(facts.series) FROM facts WHERE facts.account = each_series.account
+                AND facts.livemode = each_series.livemode AND facts.subject_key = each_series.key
+                AND facts.series > each_series.series
+        ) FROM each_series WHERE series IS NOT NULL
     )
     SELECT 'source', account, livemode, source_key, coalesce(customer_id, ''), user_id FROM owned
     UNION ALL SELECT 'link', links.account, links.livemode, child, parent, NULL
@@ -123,8 +120,9 @@ _FACTS = """first AS (
     UNION ALL SELECT 'fact', account, livemode, subject_key, CAST(body AS text), NULL
         FROM first WHERE count <= {newest}
     UNION ALL SELECT 'fact', facts.account, facts.livemode, facts.subject_key, CAST(facts.body AS text), NULL
-        FROM kinds {some:facts.account = kinds.account AND facts.livemode = kinds.livemode
-            AND facts.subject_key = kinds.key AND facts.kind = kinds.kind{until}
+        FROM each_series {some:facts.account = each_series.account
+            AND facts.livemode = each_series.livemode AND facts.subject_key = each_series.key
+            AND facts.series = each_series.series{until}
             ORDER BY as_of DESC, event_id DESC LIMIT {newest}}"""
 
 _TIES = """
@@ -139,6 +137,23 @@ _ENTITLEMENTS = """
     ) AS text), NULL
         FROM {texts:3} named {find:user_entitlements:user_entitlements.user_id = named.text}"""
 
+# All links beneath some subjects (1).
+_BELOW = """
+    WITH RECURSIVE reached(account, livemode, key, parent) AS (
+        SELECT account, livemode, key, '' FROM {keys:1} named
+        UNION
+        SELECT links.account, links.livemode, links.child, links.parent
+        FROM reached {find:links:links.parent = reached.key}{waits}
+        WHERE links.account = reached.account AND links.livemode = reached.livemode
+    )
+    SELECT 'link', account, livemode, key, parent, NULL FROM reached WHERE parent <> ''"""
+
+# Where something waits for a subject, the names of all that it bears on say so too; so whoever follows them sees
+# nothing of the thousands that wait for nothing.
+_WAITS = """
+        {find:waiting_names:waiting_names.account = links.account
+            AND waiting_names.livemode = links.livemode AND waiting_names.name = links.child}"""
+
 # For which of the names something waits.
 _WAITING = """
     SELECT 'waiting', reached.account, reached.livemode, reached.key, '', NULL
@@ -151,6 +166,8 @@ _SQL = {
     "claims": _PARTIES.replace("{claimed}", _CLAIMED) + _CLAIMS,
     "users": _REACHED + _FACTS,
     "users_until": (_REACHED + _FACTS).replace("{until}", " AND as_of <= {4}"),
+    "below": _BELOW.replace("{waits}", ""),
+    "waiting_below": _BELOW.replace("{waits}", _WAITS),
     "ties": "WITH customers AS (SELECT * FROM {keys:1} named)" + _TIES,  # noqa: S608  # our own words
     "state": " UNION ALL ".join((_REACHED + _FACTS, _TIES, _ENTITLEMENTS, _WAITING)),
 }
@@ -188,7 +205,7 @@ _PARAMETER = re.compile(r"\{(?:(keys|texts|money):)?([1-5])\}")
 
 @functools.cache
 def statement(dialect: str, name: str) -> str:
-    """The text of parties, claims, state, users, users_until or ties, in the driver's own words.
+    """The text of a statement by its name, in the driver's own words.
 
     All but the first two give rows (what, account, livemode, key, told, other), where `what` is one of source, link,
     fact, tie, entitlement and waiting.

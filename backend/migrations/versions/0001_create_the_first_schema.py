@@ -105,12 +105,13 @@ def upgrade() -> None:
         sa.Column("account", sa.Text(), nullable=False),
         sa.Column("livemode", sa.Boolean(), nullable=False),
         sa.Column("subject_key", sa.Text(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("series", sa.Text(), nullable=False),
         sa.Column("as_of", INSTANT, nullable=False),
         sa.Column("event_id", sa.Text(), nullable=False),
+        sa.Column("inherited", sa.Boolean(), nullable=False),
         sa.Column("body", JSON_DOCUMENT, nullable=False),
         sa.PrimaryKeyConstraint(
-            "account", "livemode", "subject_key", "kind", "as_of", "event_id", name="pk_facts"
+            "account", "livemode", "subject_key", "series", "as_of", "event_id", name="pk_facts"
         ),
     )
     op.create_table(

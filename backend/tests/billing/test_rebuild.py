@@ -25,6 +25,7 @@ from backend.app.billing.store_rebuild import DerivedTable
 from backend.app.core.database import Database
 from backend.app.simulator import objects
 from backend.app.simulator.objects import DAY_SECONDS, MONTH_SECONDS
+from backend.tests.http.test_claims import claim
 from backend.tests.support.billing import Harness, unix_now
 
 PLANS = ("premium", "vip", "enterprise")
@@ -177,6 +178,28 @@ async def test_a_run_corrects_what_differs_tells_why_and_leaves_the_rest(service
         ("rebuild.corrected", "sources"),
         ("rebuild.corrected", "user_entitlements"),
     ]
+
+
+async def test_a_persons_word_about_a_payment_is_found_missing_where_the_invoice_inherits_it(
+    service: Harness,
+) -> None:
+    now = unix_now()
+    paid = objects.payment_intent("pi_1", metadata={"plan_code": "vip"})
+    bought = objects.event("evt_1", "payment_intent.succeeded", paid, created=now - 60)
+    assert (await service.deliver(bought)).json()["status"] == "parked"
+    assert (await claim(service, "user_1", source="pi:pi_1")).status_code == 201
+    payment = objects.invoice_payment("inpay_1", invoice_id="in_1", intent_id="pi_1")
+    linked = objects.event("evt_2", "invoice_payment.paid", payment, created=now - 50)
+    assert (await service.deliver(linked)).status_code == 200
+    assert (await check(service)).differences == []
+    inherited = "SELECT event_id, inherited FROM facts WHERE subject_key = 'in:in_1' AND series = 'claim'"
+    (told,) = await service.rows(inherited)
+    async with service.service.database.transaction() as tx:
+        await tx.execute(sa.text("DELETE FROM facts WHERE subject_key = 'in:in_1'"))
+    assert {difference.table for difference in (await check(service)).differences} == {"facts"}
+    await rebuild_of(service).run()
+    assert await service.rows(inherited) == [told]
+    assert (await check(service)).differences == []
 
 
 async def test_a_second_run_finds_nothing_to_do(service: Harness) -> None:

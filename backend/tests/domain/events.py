@@ -11,7 +11,7 @@ from backend.app.billing.domain.catalog import Catalog, parse_catalog
 from backend.app.billing.domain.decide import NO_USER, Decision, decide
 from backend.app.billing.domain.facts import SubjectId
 from backend.app.billing.domain.merge import Entitlement, entitlement_of
-from backend.app.billing.domain.state import State
+from backend.app.billing.domain.state import State, below, children_of
 from backend.app.billing.providers.stripe import translate
 from backend.app.billing.providers.stripe_event import StripeEvent, read_event
 from backend.app.main import SHIPPED_CATALOG
@@ -92,14 +92,16 @@ def folded(catalog: Catalog, events: Iterable[StripeEvent], *, now: datetime) ->
             ledger.setdefault(payment.fact.effect_key, payment.user_id)
         if decision.reason is not None:
             parked[envelope.id] = decision, decision.reason
+        children = children_of(state.parents)
         for waiting in decision.waiting:
             for event_id, (waits, _) in list(parked.items()):
-                if waits.subject not in waiting.subjects:
+                if waits.subject not in below(children, [waiting.source]):
                     continue
-                if waiting.reason is None:
+                reason = waiting.reason if waits.subject == waiting.source else waiting.parts_reason
+                if reason is None:
                     del parked[event_id]
                 else:
-                    parked[event_id] = waits, waiting.reason
+                    parked[event_id] = waits, reason
         tied = {attribution.customer for attribution in decision.attributions if attribution.customer}
         parked = {
             event_id: (waits, reason)

@@ -336,9 +336,9 @@ def test_a_subscription_parked_for_its_user_is_granted_by_the_checkout_that_ties
     assert [(change.after.user_id, change.after.plan_code) for change in tied.changes] == [
         ("user_1", "premium")
     ]
-    assert [(waiting.subjects, waiting.reason) for waiting in tied.waiting] == [((SUB_1,), None)]
+    assert [(waiting.source, waiting.reason) for waiting in tied.waiting] == [(SUB_1, None)]
     assert tied.attributions == (
-        Attribution(user_id="user_1", subjects=(SUB_1,)),
+        Attribution(user_id="user_1", source=SUB_1),
         Attribution(user_id="user_1", customer=CUS_1),
     )
     assert owners(state) == {SUB_1: "user_1"}
@@ -346,7 +346,8 @@ def test_a_subscription_parked_for_its_user_is_granted_by_the_checkout_that_ties
 
 def test_a_tie_attributes_all_sources_of_its_customer() -> None:
     _, decisions = run([updated("evt_1"), updated("evt_2", subscription_id="sub_2"), tie()])
-    assert {subject for attribution in decisions[2].attributions for subject in attribution.subjects} == {
+    assert {attribution.source for attribution in decisions[2].attributions} == {
+        None,
         SUB_1,
         SubjectId("", False, "sub:sub_2"),
     }

@@ -76,7 +76,7 @@ WRITTEN = {
     " subscription_id, amount, currency, settled, metadata, effect_key, subject_key, occurred_at",
     # See above.
     "audit_logs WHERE action <> 'customer.pseudonymised'": "user_id, action, resource_type, details, actor",
-    "facts": "subject_key, kind, as_of, event_id, body",
+    "facts": "subject_key, series, as_of, event_id, inherited, body",
     "links": "child, parent",
     "sources": "source_key, customer_id, user_id",
     "customer_ties": "customer_id, user_id, via, occurred_at, event_id",

@@ -310,7 +310,7 @@ def test_a_long_future_is_told_up_to_a_bound() -> None:
         readings=((source_id, reading),),
         at=now,
     )
-    changes = explain(catalog, view, Evidence(payments=(), audit=())).next_changes
+    changes = explain(catalog, view, Evidence(payments=(), audit=(), children={})).next_changes
     assert [change.at for change in changes] == [
         now + timedelta(days=day) for day in range(1, NEXT_CHANGES_MAX + 1)
     ]

@@ -75,21 +75,22 @@ class Payment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """From now on what waits for these subjects, or else for this customer, belongs to `user_id`."""
+    """From now on what waits for a source and all that bears on it, or else for a customer, belongs to `user_id`."""
 
     user_id: str
-    subjects: tuple[SubjectId, ...] = ()
+    source: SubjectId | None = None
     customer: CustomerId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """What the parked events of a source wait for now; `reason` is None when they wait no longer."""
+    """What the parked events of a source wait for now, and in `parts_reason` those of what bears on it; None when they wait no longer."""
 
-    subjects: tuple[SubjectId, ...]
+    source: SubjectId
     user_id: str | None
     plan_code: str | None
     reason: str | None
+    parts_reason: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,10 @@ class Reread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """Everything that follows from one event; `departed` is its customer where that one was deleted."""
+    """Everything that follows from one event; `departed` is its customer where that one was deleted.
+
+    `inherited` are facts that subjects come to have because of what bears on them.
+    """
 
     status: Status
     reason: str | None = None
@@ -122,6 +126,7 @@ class Decision:
     customer: CustomerId | None = None
     departed: CustomerId | None = None
     facts: tuple[tuple[SubjectId, Fact], ...] = ()
+    inherited: tuple[tuple[SubjectId, Fact], ...] = ()
     links: tuple[tuple[SubjectId, SubjectId], ...] = ()
     sources: tuple[tuple[SubjectId, Owned], ...] = ()
     ties: tuple[tuple[CustomerId, Tie], ...] = ()
@@ -141,7 +146,10 @@ def decide(
     facts = [(scope.subject(about.key), about.fact) for about in translation.facts]
     links = [(scope.subject(link.child), scope.subject(link.parent)) for link in translation.links]
     state, tied = _with_ties(state, scope, translation.ties)
-    state = state.with_parents(links).with_facts(dict(facts))
+    new_links = [link for link in links if link[1] not in state.parents.get(link[0], ())]
+    state = state.with_parents(new_links).with_facts(dict(facts))
+    inherited = state.inherited(facts, new_links)
+    state = state.with_inherited(inherited)
     touched = _touched(state, scope, facts, links, tied)
     state, moved, concerned = _with_owners(state, touched)
     # The rest looks at the state as it was read for this, which knows each source's reading already.
@@ -165,6 +173,7 @@ def decide(
         customer=customer,
         departed=_departed(state, source, customer),
         facts=tuple(facts),
+        inherited=tuple(inherited),
         links=tuple(links),
         sources=tuple((source_id, state.sources[source_id]) for source_id in sorted(touched)),
         ties=tuple((scope.customer(tie.customer_id), tie) for tie in translation.ties),
@@ -395,7 +404,7 @@ def _attributions(
     for source_id in sorted({*moved, *newly_linked}):
         user_id = state.sources[source_id].user_id
         if user_id is not None:
-            yield Attribution(user_id=user_id, subjects=tuple(state.below({source_id})))
+            yield Attribution(user_id=user_id, source=source_id)
     for customer in sorted(tied):
         user_id = state.user_of_customer(customer)
         if user_id is not None:
@@ -411,15 +420,13 @@ def _waiting(catalog: Catalog, state: State, touched: Iterable[SubjectId]) -> It
         plan_code = reading.plan.code if reading.plan else None
         nobody = NO_USER if reading.wants_user and user_id is None else None
         yield Waiting(
-            subjects=(source_id,),
+            source=source_id,
             user_id=user_id,
             plan_code=plan_code,
             reason=nobody or next(iter(reading.unknown), None),
+            # What only bears on a source sells nothing itself, so it never waits for a price.
+            parts_reason=nobody,
         )
-        # What only bears on a source sells nothing itself, so it never waits for a price.
-        parts = tuple(subject for subject in state.below({source_id}) if subject != source_id)
-        if parts:
-            yield Waiting(subjects=parts, user_id=user_id, plan_code=plan_code, reason=nobody)
 
 
 def _notices(state: State, scope: _Scope, translation: Translation, reason: str | None) -> Iterable[Notice]:

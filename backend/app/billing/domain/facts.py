@@ -2,8 +2,8 @@
 
 A *fact* is about one *subject*, named by a key such as `sub:sub_1` or `pi:pi_1`. Subjects that access
 can rest on are *sources*; the others (payments, invoices, customers) bear on the sources they are
-linked to. All facts of a subject are kept side by side; which of them counts is decided when they are
-read, never by the order of their arrival.
+linked to, and these *inherit* their facts. All facts of a subject are kept side by side; which of them
+counts is decided when they are read, never by the order of their arrival.
 """
 
 from __future__ import annotations
@@ -369,6 +369,12 @@ Fact = (
     | GrantFact
     | ClaimFact
 )
+
+
+def series_of(fact: Fact) -> str:
+    """Which facts of a subject follow each other, so that the newest of them are enough to tell what they come to."""
+    # Each state by itself: many failed invoices must not push the last paid one out.
+    return f"invoice.{fact.state}" if isinstance(fact, InvoiceFact) else fact.kind
 
 
 def prices_of(fact: Fact) -> tuple[PriceRef, ...]:

@@ -19,6 +19,7 @@ from backend.app.billing.domain.facts import (
     SubjectId,
     SubscriptionFact,
     Tie,
+    series_of,
 )
 from backend.app.billing.domain.merge import Entitlement, read_source
 
@@ -42,7 +43,6 @@ class _Memo:
 
     sources: dict[SubjectId, Source] = field(default_factory=dict)
     readings: dict[tuple[int, SubjectId], Reading | None] = field(default_factory=dict)
-    children: dict[SubjectId, list[SubjectId]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,7 @@ class State:
     """Complete for the customers and users that its events concern.
 
     `parents` says which subjects another bears on: a payment on its invoice, an invoice on its subscription.
+    `facts` of a subject are its own and those of all that bears on it, so nobody has to look for what that is.
     """
 
     facts: Mapping[SubjectId, tuple[Fact, ...]] = field(default_factory=dict)
@@ -69,14 +70,18 @@ class State:
 
     def _gathered(self, source_id: SubjectId) -> Source:
         owned = self.sources[source_id]
-        # A test clock may bear on the customer alone.
-        related = self.below({source_id, *_around(source_id, owned.customer_id)})
-        facts = [fact for subject in related for fact in self.facts.get(subject, NO_FACTS)]
+        # Its own the last, so that they stand: what a person said of it beside what they said of the whole customer.
+        related = (*around(source_id, owned.customer_id), source_id)
+        facts = {
+            (fact.as_of, fact.event_id, fact.kind): fact
+            for subject in related
+            for fact in self.facts.get(subject, NO_FACTS)
+        }
         return Source(
             id=source_id,
             customer_id=owned.customer_id,
             user_id=owned.user_id,
-            facts=tuple(sorted(facts, key=lambda fact: (fact.as_of, fact.event_id))),
+            facts=tuple(facts[name] for name in sorted(facts)),
         )
 
     def reading(self, catalog: Catalog, source_id: SubjectId) -> Reading | None:
@@ -122,24 +127,8 @@ class State:
                 waiting += self.parents.get(subject, frozenset())
         return seen
 
-    def below(self, subjects: Iterable[SubjectId]) -> list[SubjectId]:
-        """The subjects and all that bears on them, in order."""
-        children = self._memo.children
-        if not children:
-            for child, parents in self.parents.items():
-                for parent in parents:
-                    children.setdefault(parent, []).append(child)
-        seen: set[SubjectId] = set()
-        waiting = list(subjects)
-        while waiting:
-            subject = waiting.pop()
-            if subject not in seen:
-                seen.add(subject)
-                waiting += children.get(subject, [])
-        return sorted(seen)
-
     def within(self, facts_max: int, subjects: Iterable[SubjectId]) -> State:
-        """As it would be loaded again: of each kind of fact of these subjects only the newest."""
+        """As it would be loaded again: of each series of facts of these subjects only the newest."""
         changed: dict[SubjectId, tuple[Fact, ...]] = {}
         for subject in subjects:
             known = self.facts[subject]
@@ -147,7 +136,7 @@ class State:
                 continue
             kept: dict[str, list[Fact]] = {}
             for fact in sorted(known, key=lambda fact: (fact.as_of, fact.event_id)):
-                kept.setdefault(fact.kind, []).append(fact)
+                kept.setdefault(series_of(fact), []).append(fact)
             changed[subject] = tuple(fact for group in kept.values() for fact in group[-facts_max:])
         return replace(self, facts={**self.facts, **changed}) if changed else self
 
@@ -160,22 +149,43 @@ class State:
         return owner(self.source(source_id), self.ties)
 
     def with_facts(self, facts: Mapping[SubjectId, Fact]) -> State:
-        """With one more fact each; a fact of an event that is known already changes nothing."""
+        """With one more fact each of the subjects' own; a fact of an event that is known already changes nothing."""
         if not facts:
             return self
-        known = dict(self.facts)
         sources = dict(self.sources)
         for subject, fact in facts.items():
-            if not any(
-                old.event_id == fact.event_id and old.kind == fact.kind for old in known.get(subject, ())
-            ):
-                known[subject] = (*known.get(subject, ()), fact)
             if is_source(subject, fact):
                 owned = sources.get(subject, _NOBODYS)
                 if owned.customer_id is None:
                     owned = Owned(customer_id=getattr(fact, "customer_id", None), user_id=owned.user_id)
                 sources[subject] = owned
-        return replace(self, facts=known, sources=sources)
+        return replace(self.with_inherited(facts.items()), sources=sources)
+
+    def with_inherited(self, facts: Iterable[tuple[SubjectId, Fact]]) -> State:
+        """With more facts of what bears on the subjects; access rests on none of them by these."""
+        known = dict(self.facts)
+        for subject, fact in facts:
+            if not _is_known(fact, known.get(subject, NO_FACTS)):
+                known[subject] = (*known.get(subject, NO_FACTS), fact)
+        return replace(self, facts=known)
+
+    def inherited(
+        self, facts: Collection[tuple[SubjectId, Fact]], links: Collection[tuple[SubjectId, SubjectId]]
+    ) -> list[tuple[SubjectId, Fact]]:
+        """What is to be known above, now that there are these facts, and these links that were not there before."""
+        going_up = [(above, fact) for subject, fact in facts for above in self.above({subject})]
+        going_up += [
+            (above, fact)
+            for child, parent in links
+            for above in self.above({parent})
+            for fact in self.facts.get(child, NO_FACTS)
+        ]
+        new = {
+            (above, fact.event_id, fact.kind): (above, fact)
+            for above, fact in going_up
+            if not _is_known(fact, self.facts.get(above, NO_FACTS))
+        }
+        return [new[name] for name in sorted(new)]
 
     def with_parents(self, links: Collection[tuple[SubjectId, SubjectId]]) -> State:
         """With more links from children to parents."""
@@ -187,6 +197,31 @@ class State:
         return replace(self, parents=parents)
 
 
+def children_of(
+    parents: Mapping[SubjectId, Collection[SubjectId]],
+) -> Mapping[SubjectId, Collection[SubjectId]]:
+    """Links the other way round: from parents to what bears on them."""
+    children: dict[SubjectId, list[SubjectId]] = {}
+    for child, above in parents.items():
+        for parent in above:
+            children.setdefault(parent, []).append(child)
+    return children
+
+
+def below(
+    children: Mapping[SubjectId, Collection[SubjectId]], subjects: Iterable[SubjectId]
+) -> list[SubjectId]:
+    """The subjects and all that bears on them, in order."""
+    seen: set[SubjectId] = set()
+    waiting = list(subjects)
+    while waiting:
+        subject = waiting.pop()
+        if subject not in seen:
+            seen.add(subject)
+            waiting += children.get(subject, ())
+    return sorted(seen)
+
+
 def is_source(subject: SubjectId, fact: Fact) -> bool:
     """Whether access may rest on a subject, going by a fact about it."""
     if subject.kind not in SOURCE_KINDS:
@@ -196,7 +231,12 @@ def is_source(subject: SubjectId, fact: Fact) -> bool:
     return isinstance(fact, SubscriptionFact | CheckoutFact | PaymentIntentFact | GrantFact)
 
 
-def _around(source_id: SubjectId, customer_id: str | None) -> list[SubjectId]:
+def _is_known(fact: Fact, among: Iterable[Fact]) -> bool:
+    # An event says one thing of each kind.
+    return any(other.event_id == fact.event_id and other.kind == fact.kind for other in among)
+
+
+def around(source_id: SubjectId, customer_id: str | None) -> list[SubjectId]:
     """The customer and the connected account behind a source, whose facts bear on it too."""
     account, livemode, _ = source_id
     around = [SubjectId(account, livemode, f"acct:{account}")] if account else []
