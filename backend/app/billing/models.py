@@ -117,7 +117,8 @@ webhook_events = sa.Table(
 )
 
 # The names under which a parked event, or a ledger line without a user or plan, is to be found once somebody can
-# help: narrow and almost empty, because every decision looks here. May name more than waits, never less.
+# help: the subject's, those of all that it bears on, and the customer's. Narrow and almost empty, because every
+# decision looks here. May name more than waits, never less.
 waiting_names = sa.Table(
     "waiting_names",
     metadata,

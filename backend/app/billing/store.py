@@ -326,6 +326,7 @@ async def settle_waiting(
     """Tells the parked events about subjects of a source what they wait for now, or that it is over; ids of those that ended."""
     columns = webhook_events.c
     over = reason is None
+    plan_code = sa.func.coalesce(waiting.plan_code, columns.plan_code)
     result = await tx.execute(
         webhook_events.update()
         .where(
@@ -333,12 +334,19 @@ async def settle_waiting(
             columns.status == PARKED,
             # What could not be read is no wiser now.
             columns.reason.not_like("unreadable:%"),
+            # A thousand that wait on for the same would be written anew with every event.
+            sa.or_(
+                sa.literal(over),
+                columns.reason != reason,
+                columns.user_id.is_distinct_from(waiting.user_id),
+                columns.plan_code.is_distinct_from(plan_code),
+            ),
         )
         .values(
             status=(Status.SUCCESS if over else Status.PARKED).value,
             reason=reason,
             user_id=waiting.user_id,
-            plan_code=sa.func.coalesce(waiting.plan_code, columns.plan_code),
+            plan_code=plan_code,
         )
         .returning(columns.event_id)
     )

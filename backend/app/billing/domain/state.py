@@ -181,6 +181,7 @@ class State:
             for fact in self.facts.get(child, NO_FACTS)
         ]
         new = {
+            # A subject is above itself as well, but knows its own.
             (above, fact.event_id, fact.kind): (above, fact)
             for above, fact in going_up
             if not _is_known(fact, self.facts.get(above, NO_FACTS))
