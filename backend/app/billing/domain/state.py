@@ -118,14 +118,7 @@ class State:
 
     def above(self, subjects: Iterable[SubjectId]) -> set[SubjectId]:
         """The subjects and all that they bear on."""
-        seen: set[SubjectId] = set()
-        waiting = list(subjects)
-        while waiting:
-            subject = waiting.pop()
-            if subject not in seen:
-                seen.add(subject)
-                waiting += self.parents.get(subject, frozenset())
-        return seen
+        return _reached(self.parents, subjects)
 
     def within(self, facts_max: int, subjects: Iterable[SubjectId]) -> State:
         """As it would be loaded again: of each series of facts of these subjects only the newest."""
@@ -213,14 +206,21 @@ def below(
     children: Mapping[SubjectId, Collection[SubjectId]], subjects: Iterable[SubjectId]
 ) -> list[SubjectId]:
     """The subjects and all that bears on them, in order."""
+    return sorted(_reached(children, subjects))
+
+
+def _reached(
+    steps: Mapping[SubjectId, Collection[SubjectId]], subjects: Iterable[SubjectId]
+) -> set[SubjectId]:
+    """The subjects and all that is some steps away from them; also where these go round in a circle."""
     seen: set[SubjectId] = set()
     waiting = list(subjects)
     while waiting:
         subject = waiting.pop()
         if subject not in seen:
             seen.add(subject)
-            waiting += children.get(subject, ())
-    return sorted(seen)
+            waiting += steps.get(subject, ())
+    return seen
 
 
 def is_source(subject: SubjectId, fact: Fact) -> bool:
