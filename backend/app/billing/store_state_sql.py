@@ -207,7 +207,7 @@ _PARAMETER = re.compile(r"\{(?:(keys|texts|money):)?([1-5])\}")
 def statement(dialect: str, name: str) -> str:
     """The text of a statement by its name, in the driver's own words.
 
-    All but the first two give rows (what, account, livemode, key, told, other), where `what` is one of source, link,
+    All but parties and claims give rows (what, account, livemode, key, told, other), where `what` is one of source, link,
     fact, tie, entitlement and waiting.
     """
     words = _WORDS[dialect]

@@ -18,6 +18,7 @@ from backend.tests.faults.events import EPOCH
 from backend.tests.support.billing import Harness, unix_now
 
 SUBJECT = SubjectId("", False, "sub:sub_long")
+NOW = unix_now() - 3600
 SNAPSHOTS = FACTS_PER_SUBJECT_MAX + 6
 
 
@@ -91,9 +92,6 @@ async def test_what_waits_is_found_by_a_link_that_comes_after_it(service: Harnes
     (line,) = await service.rows("SELECT user_id FROM payment_events WHERE stripe_event_id = 'evt_charge'")
     assert line["user_id"] == "usr_long"
     assert await service.count("waiting_names") == 0
-
-
-NOW = unix_now() - 3600
 
 
 def _subscription() -> dict[str, Any]:

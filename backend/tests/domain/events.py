@@ -94,8 +94,9 @@ def folded(catalog: Catalog, events: Iterable[StripeEvent], *, now: datetime) ->
             parked[envelope.id] = decision, decision.reason
         children = children_of(state.parents)
         for waiting in decision.waiting:
+            helped = below(children, [waiting.source])
             for event_id, (waits, _) in list(parked.items()):
-                if waits.subject not in below(children, [waiting.source]):
+                if waits.subject not in helped:
                     continue
                 reason = waiting.reason if waits.subject == waiting.source else waiting.parts_reason
                 if reason is None:

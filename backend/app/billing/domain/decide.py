@@ -84,7 +84,10 @@ class Attribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """What the parked events of a source wait for now, and in `parts_reason` those of what bears on it; None when they wait no longer."""
+    """What the parked events of a source wait for now; `parts_reason` is that of what bears on it.
+
+    None when they wait no longer.
+    """
 
     source: SubjectId
     user_id: str | None

@@ -152,15 +152,18 @@ class State:
                 if owned.customer_id is None:
                     owned = Owned(customer_id=getattr(fact, "customer_id", None), user_id=owned.user_id)
                 sources[subject] = owned
-        return replace(self.with_inherited(facts.items()), sources=sources)
+        return replace(self, facts=self._facts_and(facts.items()), sources=sources)
 
-    def with_inherited(self, facts: Iterable[tuple[SubjectId, Fact]]) -> State:
+    def with_inherited(self, facts: Collection[tuple[SubjectId, Fact]]) -> State:
         """With more facts of what bears on the subjects; access rests on none of them by these."""
+        return replace(self, facts=self._facts_and(facts)) if facts else self
+
+    def _facts_and(self, facts: Iterable[tuple[SubjectId, Fact]]) -> Mapping[SubjectId, tuple[Fact, ...]]:
         known = dict(self.facts)
         for subject, fact in facts:
             if not _is_known(fact, known.get(subject, NO_FACTS)):
                 known[subject] = (*known.get(subject, NO_FACTS), fact)
-        return replace(self, facts=known)
+        return known
 
     def inherited(
         self, facts: Collection[tuple[SubjectId, Fact]], links: Collection[tuple[SubjectId, SubjectId]]
